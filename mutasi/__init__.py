@@ -1,0 +1,1 @@
+"""Service mutasi: stores every accepted movement, once."""

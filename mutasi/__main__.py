@@ -1,0 +1,46 @@
+"""Start service mutasi: arguments, logging, then the loop."""
+
+import logging
+import signal
+import tempfile
+from pathlib import Path
+from threading import Event
+
+from mutasi.api import consume
+from mutasi.datastore import Stream
+from settings import Parser, Settings, open_postgres, open_redis, wait_for, whole
+
+log = logging.getLogger("mutasi")
+
+ALIVE = Path(tempfile.gettempdir(), "mutasi.alive")
+
+
+class MutasiSettings(Settings):
+    batch_size: int
+
+
+def main() -> None:
+    parser = Parser("mutasi", "Stores every accepted movement of service transaksi, once.")
+    parser.option("--batch-size", whole(1, 10_000), 1000, "stream entries stored in one transaction")
+    settings = parser.settings(MutasiSettings())
+    stopping = Event()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, lambda *_: stopping.set())
+    log.info("starting", extra=settings.shown())
+    engine = open_postgres(
+        settings,
+        pool_size=1,
+        statement_timeout=10_000,
+        lock_timeout=5_000,
+        idle_in_transaction_session_timeout=10_000,
+    )
+    redis = open_redis(settings)
+    wait_for("PostgreSQL", lambda: engine.connect().close())
+    wait_for("Redis", redis.ping)
+    log.info("started")
+    consume(engine, Stream(redis), settings.batch_size, stopping, ALIVE)
+    log.info("stopped")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Service transaksi: deposits and withdrawals over HTTP."""

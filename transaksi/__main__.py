@@ -1,0 +1,109 @@
+"""Start service transaksi: arguments, logging, then the HTTP server."""
+
+import logging
+import signal
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.supervisors import Multiprocess
+
+from settings import Parser, Settings, open_postgres, open_redis, wait_for, whole
+from transaksi.api import create_app
+from transaksi.pin import THREADS, PinCheck
+from transaksi.relay import Relay
+from transaksi.teller import Teller
+
+log = logging.getLogger("transaksi")
+
+
+class TransaksiSettings(Settings):
+    host: str
+    port: int
+    workers: int
+    auth_cache_ttl: int
+    max_pin_failures: int
+    lock_minutes: int
+    request_timeout: int
+    max_queue: int
+    max_stream: int
+    reconcile_after: int
+
+
+def read_settings() -> TransaksiSettings:
+    parser = Parser("transaksi", "Deposits and withdrawals over HTTP.")
+    option = parser.option
+    option("--host", str, "127.0.0.1", "address to listen on")
+    option("--port", whole(1, 65535), 8000, "port to listen on")
+    option("--workers", whole(1, 64), 1, "processes")
+    option("--auth-cache-ttl", whole(0, 3600), 60, "seconds a right PIN is remembered, 0 = not at all")
+    option("--max-pin-failures", whole(1, 1_000_000), 5, "wrong PINs in a row that lock an account")
+    option("--lock-minutes", whole(1, 10_000), 15, "minutes an account stays locked")
+    option("--request-timeout", whole(1, 60), 5, "seconds after which a request is answered at the latest")
+    option(
+        "--max-queue", whole(1, 100_000), 1000, "requests that may wait in a process, the surplus gets 503"
+    )
+    option(
+        "--max-stream",
+        whole(1, 10_000_000),
+        100_000,
+        "stream entries past which movements wait in PostgreSQL",
+    )
+    option(
+        "--reconcile-after",
+        whole(2, 86_400),
+        60,
+        "seconds after which a movement without mutation is sent again",
+    )
+    return parser.settings(TransaksiSettings())
+
+
+def build(settings: TransaksiSettings) -> FastAPI:
+    """Wire up one process."""
+    timeout_ms = settings.request_timeout * 1000
+    engine = open_postgres(
+        settings,
+        pool_size=2 + THREADS,  # teller, relay, PIN checks
+        statement_timeout=timeout_ms,
+        lock_timeout=timeout_ms // 2,
+        idle_in_transaction_session_timeout=2 * timeout_ms,
+        # A movement must be there, or never come, before the reconcile takes its id as settled.
+        transaction_timeout=settings.reconcile_after * 500,
+    )
+    relay = Relay(engine, open_redis(settings), settings.max_stream, settings.reconcile_after)
+    teller = Teller(engine, settings.max_queue, committed=relay.wake)
+    pin = PinCheck(engine, settings.auth_cache_ttl, settings.max_pin_failures, settings.lock_minutes)
+    return create_app(teller, relay, pin, settings.request_timeout)
+
+
+def worker() -> FastAPI:
+    """What uvicorn calls in each process of several."""
+    return build(read_settings())
+
+
+def main() -> None:
+    settings = read_settings()
+    log.info("starting", extra=settings.shown())
+    wait_for("PostgreSQL", lambda: open_postgres(settings, pool_size=1).connect().close())
+    config = uvicorn.Config(
+        build(settings) if settings.workers == 1 else "transaksi.__main__:worker",
+        factory=settings.workers > 1,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        log_config=None,
+        access_log=False,  # our own lines say more
+        server_header=False,
+        timeout_graceful_shutdown=3,  # for a client that never ends its request
+    )
+    # uvicorn raises the signal that stopped it once more: having stopped in good order is exit status 0.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    server, sockets = uvicorn.Server(config), [config.bind_socket()]
+    if settings.workers == 1:
+        server.run(sockets)
+    else:
+        Multiprocess(config, sockets).run()
+    log.info("stopped")
+
+
+if __name__ == "__main__":
+    main()

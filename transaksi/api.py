@@ -1,0 +1,314 @@
+"""The HTTP edge: routes, payloads, the PIN middleware, every error as {"remark": ...}."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from opentelemetry import trace
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from settings import masked, traceparent
+from transaksi.app import (
+    MAX_NOMINAL,
+    MAX_SALDO,
+    Ditolak,
+    Jenis,
+    KunciSudahDipakai,
+    Perintah,
+    RekeningTidakDikenali,
+    SaldoTidakCukup,
+    Ulangan,
+    authorize,
+)
+from transaksi.pin import NotAuthenticated, PinCheck, parse
+from transaksi.relay import Relay
+from transaksi.teller import Teller, Unavailable, Unknown
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 4096
+OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # operator pages, no customer data
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="transaksi", charset="UTF-8"'}  # RFC 7617
+RETRY = {"Retry-After": "1"}
+PROBE = Perintah("tarik", no_rekening="", nominal=1)  # goes the whole way, and is refused at its end
+
+PIN_SALAH = "Nomor rekening atau PIN salah."
+COBA_LAGI = "Layanan sedang tidak tersedia, silakan coba lagi."
+BELUM_PASTI = (
+    "Hasil transaksi belum dapat dipastikan; ulangi dengan Idempotency-Key yang sama, "
+    "atau tanyakan dahulu bila tidak memakainya."
+)
+REMARKS = {
+    400: "Payload bukan JSON yang sah.",
+    404: "Alamat tidak dikenali.",
+    405: "Metode tidak diizinkan untuk alamat ini.",
+    408: "Payload tidak diterima lengkap pada waktunya.",
+    413: "Payload melebihi 4 KiB.",
+    415: "Content-Type harus application/json.",
+    500: "Terjadi kesalahan pada layanan.",
+}
+FIELD_REMARKS = {
+    "no_rekening": "no_rekening harus teks berisi 10 sampai 16 angka.",
+    "nominal": "nominal harus bilangan bulat 1 sampai 1.000.000.000.000 rupiah.",
+    "idempotency-key": "Idempotency-Key harus 1 sampai 255 karakter ASCII yang tercetak.",
+}
+
+
+class Permintaan(BaseModel):
+    """A deposit or a withdrawal of `nominal` whole rupiah."""
+
+    model_config = ConfigDict(strict=True)
+    no_rekening: str = Field(pattern="^[0-9]{10,16}$", examples=["1234567890"])
+    nominal: int = Field(ge=1, le=MAX_NOMINAL, examples=[50000])
+
+
+class Saldo(BaseModel):
+    """The balance in whole rupiah, right after the movement."""
+
+    saldo: int = Field(ge=0, le=MAX_SALDO, examples=[1050000])
+
+
+class Kesalahan(BaseModel):
+    """Why a request was refused, in words for the customer."""
+
+    remark: str
+
+
+def refuse(
+    request: Request, status: int, remark: str, headers: dict[str, str] | None = None, **context: Any
+) -> JSONResponse:
+    """The one way in which a request is refused, to the client and to the log."""
+    took = time.monotonic() - request.scope["arrived"]
+    context |= {"status": status, "remark": remark, "duration_ms": round(took * 1000, 1)}
+    log.warning("request refused", extra=request.scope["context"] | context)
+    return JSONResponse({"remark": remark}, status, headers)
+
+
+class PinMiddleware:
+    """Lets nobody pass but a customer who has proved his account by PIN; reads no payload.
+
+    Also the outermost place: an unexpected error becomes a 500 here, with a log line.
+    """
+
+    def __init__(self, app: ASGIApp, pin: PinCheck, request_timeout: int) -> None:
+        self._app = app
+        self._pin = pin
+        self._request_timeout = request_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        arrived = time.monotonic()  # the event loop's clock too
+        scope["arrived"], scope["deadline"] = arrived, arrived + self._request_timeout
+        scope["context"] = {"path": scope["path"][:100]}
+        request = Request(scope)
+        try:
+            scope["nasabah"] = await self._authenticate(scope)
+        except NotAuthenticated as cause:
+            response = refuse(request, 401, PIN_SALAH, CHALLENGE, cause=str(cause))
+        except Unavailable:
+            response = refuse(request, 503, COBA_LAGI, RETRY)
+        else:
+            try:
+                async with asyncio.timeout_at(scope["deadline"] + 1):  # a body that never ends
+                    await self._app(scope, receive, send)
+                return
+            except TimeoutError:
+                response = refuse(request, 408, REMARKS[408])
+            except Exception:
+                log.exception("unexpected error", extra=scope["context"])
+                response = refuse(request, 500, REMARKS[500])
+        await response(scope, receive, send)
+
+    async def _authenticate(self, scope: Scope) -> str:
+        authorization = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(authorization) != 1:
+            raise NotAuthenticated("no Authorization header" if not authorization else "two of them")
+        no_rekening, pin = parse(authorization[0])
+        scope["context"]["no_rekening"] = masked(no_rekening)
+        await self._pin.check(no_rekening, pin, scope["arrived"], scope["deadline"])
+        return no_rekening
+
+
+async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    """The framework's complaints about header and payload, as a remark that names the field."""
+    if isinstance(error.body, bytes):  # what FastAPI leaves unparsed, since it is not declared JSON
+        return refuse(request, 415, REMARKS[415])
+    fields = (part for problem in error.errors() for part in problem["loc"])
+    return refuse(request, 400, next((FIELD_REMARKS[f] for f in fields if f in FIELD_REMARKS), REMARKS[400]))
+
+
+async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+    return refuse(request, error.status_code, REMARKS[error.status_code], dict(error.headers or {}))
+
+
+async def on_refused(request: Request, error: Ditolak) -> JSONResponse:
+    return refuse(request, 422 if isinstance(error, KunciSudahDipakai) else 400, error.remark)
+
+
+async def on_unavailable(request: Request, _: Unavailable) -> JSONResponse:
+    return refuse(request, 503, COBA_LAGI, RETRY)
+
+
+async def on_unknown(request: Request, _: Unknown) -> JSONResponse:
+    return refuse(request, 503, BELUM_PASTI)
+
+
+HANDLERS: dict[Any, Any] = {
+    RequestValidationError: on_invalid,
+    HTTPException: on_http,
+    Ditolak: on_refused,
+    Unavailable: on_unavailable,
+    Unknown: on_unknown,
+}
+
+
+def answers(meaning: str, *remarks: str, **headers: str) -> dict[str, Any]:
+    """The documentation of one refusal."""
+    examples = {f"contoh{n}": {"value": {"remark": remark}} for n, remark in enumerate(remarks)}
+    return {
+        "model": Kesalahan,
+        "description": meaning,
+        "content": {"application/json": {"examples": examples}},
+        "headers": {
+            name.replace("_", "-"): {"schema": {"type": "string"}, "description": text}
+            for name, text in headers.items()
+        },
+    }
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: answers(
+        "Malformed, or against the rules; nothing has changed",
+        RekeningTidakDikenali.remark,
+        SaldoTidakCukup.remark,
+        *FIELD_REMARKS.values(),
+    ),
+    401: answers("Not authenticated, whatever the cause", PIN_SALAH, WWW_Authenticate="RFC 7617"),
+    408: answers("The payload did not come in time", REMARKS[408]),
+    413: answers("The payload is over 4 KiB", REMARKS[413]),
+    415: answers("The payload is not declared as JSON", REMARKS[415]),
+    422: answers("The key was used for another path or payload", KunciSudahDipakai.remark),
+    503: answers(
+        "With Retry-After: not carried out, try again. Without: outcome unknown",
+        COBA_LAGI,
+        BELUM_PASTI,
+        Retry_After="Seconds; only where nothing was carried out",
+    ),
+}
+REPLAYED = {
+    "headers": {
+        "Idempotent-Replayed": {
+            "schema": {"type": "string", "enum": ["true"]},
+            "description": "This is the first answer again",
+        }
+    }
+}
+Key = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern="^[ -~]+$",
+        description="Makes repeating safe: the same key moves the money once",
+    ),
+]
+
+
+def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int) -> FastAPI:
+    """The ASGI application; starts and stops teller and relay."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        teller.start()
+        relay.start()
+        yield
+        teller.stop()
+        relay.stop()
+
+    app = FastAPI(
+        title="transaksi",
+        version="1.0.0",
+        description="Deposits and withdrawals of a tiny savings bank. Amounts are whole rupiah.",
+        lifespan=lifespan,
+        exception_handlers=HANDLERS,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        telemetry={
+            "operation_spans": False,
+            "metrics": False,
+            "logs": False,
+            "exclude": lambda scope: scope.get("path") in OPEN_PATHS,
+        },
+    )
+    app.add_middleware(PinMiddleware, pin=pin, request_timeout=request_timeout)
+
+    async def move(
+        jenis: Jenis, permintaan: Permintaan, request: Request, key: str | None
+    ) -> Saldo | JSONResponse:
+        scope = request.scope
+        context = scope["context"]
+        context |= {"jenis_transaksi": jenis, "nominal": permintaan.nominal}
+        trace.get_current_span().set_attributes(context)
+        if permintaan.no_rekening != scope["nasabah"]:
+            context["no_rekening_payload"] = masked(permintaan.no_rekening)
+        authorize(scope["nasabah"], permintaan.no_rekening)
+        perintah = Perintah(jenis, permintaan.no_rekening, permintaan.nominal, key, traceparent())
+        hasil = await teller.submit(perintah, scope["deadline"])
+        gerakan = hasil.pertama if isinstance(hasil, Ulangan) else hasil
+        context |= {
+            "saldo": gerakan.saldo_akhir,
+            "id_transaksi": gerakan.id_transaksi,
+            "duration_ms": round((time.monotonic() - scope["arrived"]) * 1000, 1),
+        }
+        if isinstance(hasil, Ulangan):
+            log.info("movement answered again", extra=context)
+            return JSONResponse({"saldo": gerakan.saldo_akhir}, headers={"Idempotent-Replayed": "true"})
+        log.info("movement accepted", extra=context)
+        return Saldo(saldo=gerakan.saldo_akhir)
+
+    @app.post("/tabung", response_model=Saldo, responses=REFUSALS | {200: REPLAYED}, max_body_size=MAX_BODY)
+    async def tabung(permintaan: Permintaan, request: Request, idempotency_key: Key = None) -> Any:
+        """Deposit."""
+        return await move("tabung", permintaan, request, idempotency_key)
+
+    @app.post("/tarik", response_model=Saldo, responses=REFUSALS | {200: REPLAYED}, max_body_size=MAX_BODY)
+    async def tarik(permintaan: Permintaan, request: Request, idempotency_key: Key = None) -> Any:
+        """Withdraw."""
+        return await move("tarik", permintaan, request, idempotency_key)
+
+    @app.get("/health", responses={503: answers("Cannot serve", COBA_LAGI)})
+    async def health() -> Any:
+        """Whether a movement could be made now; Redis away does not matter."""
+        deadline = time.monotonic() + 2
+        try:
+            await teller.submit(PROBE, deadline)
+        except Ditolak:
+            return {"status": "ok"}
+        except (Unavailable, Unknown):
+            pass
+        return JSONResponse({"remark": "PostgreSQL tidak menjawab atau antrean penuh."}, 503)
+
+    def openapi() -> dict[str, Any]:
+        if not app.openapi_schema:
+            schema = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes
+            )
+            schema["components"]["securitySchemes"] = {"PIN": {"type": "http", "scheme": "basic"}}
+            for path in ("/tabung", "/tarik"):
+                schema["paths"][path]["post"]["security"] = [{"PIN": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app

@@ -1,0 +1,290 @@
+"""The tables of service transaksi and its few database operations.
+
+The mapped classes are the schema's face (init.sql makes it). The operations use the same tables through SQLAlchemy
+Core, many rows a statement, because the unit of work costs twice as much on the hot path.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Connection,
+    ForeignKey,
+    Identity,
+    Interval,
+    Row,
+    Text,
+    any_,
+    bindparam,
+    case,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ENUM, TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from transaksi.app import Gerakan, Jenis, Kunci, Perintah
+
+RECONCILE_WINDOW = 50_000
+RECONCILE_LOCK = 7_282_001  # any number, the same for every relay
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own way
+        int: BigInteger,
+        str: Text,
+        datetime: TIMESTAMP(timezone=True),
+        Jenis: ENUM("tabung", "tarik", name="jenis_transaksi"),
+    }
+
+
+class Rekening(Base):
+    """Who, and the balance now."""
+
+    __tablename__ = "rekening"
+    no_rekening: Mapped[str] = mapped_column(primary_key=True)
+    nama: Mapped[str]
+    saldo: Mapped[int]
+    dibuat_pada: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    kredensial: Mapped["Kredensial"] = relationship(back_populates="rekening")
+    transaksi: Mapped[list["Transaksi"]] = relationship(back_populates="rekening", order_by="Transaksi.id")
+
+
+class Kredensial(Base):
+    """How the customer proves it."""
+
+    __tablename__ = "kredensial"
+    no_rekening: Mapped[str] = mapped_column(ForeignKey(Rekening.no_rekening), primary_key=True)
+    pin_hash: Mapped[str]
+    pin_gagal: Mapped[int]
+    terkunci_sampai: Mapped[datetime | None]
+    rekening: Mapped[Rekening] = relationship(back_populates="kredensial")
+
+
+class Transaksi(Base):
+    """The journal: one row per accepted movement, append-only."""
+
+    __tablename__ = "transaksi"
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    no_rekening: Mapped[str] = mapped_column(ForeignKey(Rekening.no_rekening))
+    jenis_transaksi: Mapped[Jenis]
+    nominal: Mapped[int]
+    saldo_akhir: Mapped[int]
+    tanggal_transaksi: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    idempotency_key: Mapped[str | None]
+    rekening: Mapped[Rekening] = relationship(back_populates="transaksi")
+    outbox: Mapped["Outbox | None"] = relationship(back_populates="transaksi")
+
+
+class Outbox(Base):
+    """A movement not yet handed to the stream."""
+
+    __tablename__ = "outbox"
+    id_transaksi: Mapped[int] = mapped_column(ForeignKey(Transaksi.id), primary_key=True)
+    traceparent: Mapped[str | None]
+    transaksi: Mapped[Transaksi] = relationship(back_populates="outbox")
+
+
+def rows(**columns: Any) -> Any:
+    """A table of parameters, an array a column: many rows for one round trip and one plan."""
+    arrays = (bindparam(f"all_{name}", type_=ARRAY(kind)) for name, kind in columns.items())
+    table = func.unnest(*arrays).table_valued(*columns, with_ordinality="urutan")
+    return table.render_derived(name="baris")
+
+
+# ---------------------------------------------------------------- teller
+
+_LOCK = (
+    select(Rekening.no_rekening, Rekening.saldo)
+    .where(Rekening.no_rekening == any_(bindparam("all_no_rekening", type_=ARRAY(Text))))
+    .order_by(Rekening.no_rekening)  # the one order in which all tellers lock: no deadlock
+    .with_for_update(key_share=True)  # FOR NO KEY UPDATE: mutasi's foreign key may go on reading
+)
+_keys = rows(no_rekening=Text, idempotency_key=Text)
+_FIND_KEYS = select(
+    Transaksi.id,
+    Transaksi.no_rekening,
+    Transaksi.idempotency_key,
+    Transaksi.jenis_transaksi,
+    Transaksi.nominal,
+    Transaksi.saldo_akhir,
+).join_from(
+    _keys,
+    Transaksi,
+    (Transaksi.no_rekening == _keys.c.no_rekening) & (Transaksi.idempotency_key == _keys.c.idempotency_key),
+)
+_saldo = rows(no_rekening=Text, saldo=BigInteger)
+_SET_SALDO = update(Rekening).values(saldo=_saldo.c.saldo).where(Rekening.no_rekening == _saldo.c.no_rekening)
+_journal = rows(
+    no_rekening=Text,
+    jenis_transaksi=Transaksi.jenis_transaksi.type,
+    nominal=BigInteger,
+    saldo_akhir=BigInteger,
+    idempotency_key=Text,
+)
+_ADD_JOURNAL = (
+    insert(Transaksi)
+    .from_select(
+        [column.name for column in _journal.c if column.name != "urutan"],
+        select(*(column for column in _journal.c if column.name != "urutan")).order_by(
+            _journal.c.urutan
+        ),  # so that ids follow the order of the commands
+    )
+    .returning(Transaksi.id)
+)
+_outbox = rows(id_transaksi=BigInteger, traceparent=Text)
+_ADD_OUTBOX = insert(Outbox).from_select(
+    ["id_transaksi", "traceparent"], select(_outbox.c.id_transaksi, _outbox.c.traceparent)
+)
+
+
+def lock_saldo(connection: Connection, no_rekening: Iterable[str]) -> dict[str, int]:
+    """Lock these accounts' rows until the transaction ends; their balances, without those that do not exist."""
+    found = connection.execute(_LOCK, {"all_no_rekening": list(no_rekening)})
+    return {row.no_rekening: row.saldo for row in found}
+
+
+def find_keys(connection: Connection, kunci: Sequence[Kunci]) -> dict[Kunci, Gerakan]:
+    """The movements made under these (account, idempotency key) pairs.
+
+    To be called when the accounts are locked, in a statement of its own: it then sees what was committed
+    during the wait for the lock.
+    """
+    accounts, keys = zip(*kunci, strict=True)
+    wanted = {"all_no_rekening": list(accounts), "all_idempotency_key": list(keys)}
+    found = connection.execute(_FIND_KEYS, wanted)
+    return {
+        (row.no_rekening, row.idempotency_key): Gerakan(
+            Perintah(row.jenis_transaksi, row.no_rekening, row.nominal, row.idempotency_key),
+            row.saldo_akhir,
+            row.id,
+        )
+        for row in found
+    }
+
+
+def record(connection: Connection, gerakan: Sequence[Gerakan], saldo: dict[str, int]) -> None:
+    """Write movements to balances, journal and outbox; sets their `id_transaksi`."""
+    perintah = [g.perintah for g in gerakan]
+    touched = {p.no_rekening: saldo[p.no_rekening] for p in perintah}
+    connection.execute(_SET_SALDO, {"all_no_rekening": list(touched), "all_saldo": list(touched.values())})
+    journal = {
+        "all_no_rekening": [p.no_rekening for p in perintah],
+        "all_jenis_transaksi": [p.jenis_transaksi for p in perintah],
+        "all_nominal": [p.nominal for p in perintah],
+        "all_saldo_akhir": [g.saldo_akhir for g in gerakan],
+        "all_idempotency_key": [p.idempotency_key for p in perintah],
+    }
+    ids = sorted(connection.scalars(_ADD_JOURNAL, journal))
+    for g, id_transaksi in zip(gerakan, ids, strict=True):
+        g.id_transaksi = id_transaksi
+    connection.execute(
+        _ADD_OUTBOX,
+        {"all_id_transaksi": ids, "all_traceparent": [p.traceparent for p in perintah]},
+    )
+
+
+# ---------------------------------------------------------------- PIN
+
+_LOCKED = func.coalesce(Kredensial.terkunci_sampai > func.clock_timestamp(), False)
+_KREDENSIAL = select(Kredensial.pin_hash, _LOCKED.label("terkunci")).where(
+    Kredensial.no_rekening == bindparam("no")
+)
+_PIN_RIGHT = (
+    update(Kredensial)
+    .where(Kredensial.no_rekening == bindparam("no"), ~_LOCKED)
+    .values(pin_gagal=0, terkunci_sampai=None)
+    .returning(Kredensial.no_rekening)
+)
+_PIN_WRONG = (
+    update(Kredensial)
+    .where(Kredensial.no_rekening == bindparam("no"), ~_LOCKED)
+    .values(
+        pin_gagal=Kredensial.pin_gagal + 1,
+        terkunci_sampai=case(
+            (
+                Kredensial.pin_gagal + 1 >= bindparam("limit"),
+                func.clock_timestamp() + bindparam("locked_for", type_=Interval),
+            )
+        ),
+    )
+    .returning(_LOCKED)
+)
+
+
+def find_kredensial(connection: Connection, no_rekening: str) -> Row[str, bool] | None:
+    """`pin_hash` and whether the account is locked (`terkunci`) now; None for an unknown account."""
+    return connection.execute(_KREDENSIAL, {"no": no_rekening}).one_or_none()
+
+
+def pin_right(connection: Connection, no_rekening: str) -> bool:
+    """Forget the failures; False where the account was locked in the meantime."""
+    return connection.execute(_PIN_RIGHT, {"no": no_rekening}).one_or_none() is not None
+
+
+def pin_wrong(connection: Connection, no_rekening: str, limit: int, locked_for: timedelta) -> bool:
+    """Count a failure unless locked; from the `limit`-th in a row on it locks. True if it locked now."""
+    parameters = {"no": no_rekening, "limit": limit, "locked_for": locked_for}
+    return bool(connection.scalar(_PIN_WRONG, parameters))
+
+
+# ---------------------------------------------------------------- relay
+
+# MATERIALIZED, since the LIMIT beside SKIP LOCKED must hold under every plan.
+_TAKE = text("""
+    WITH diambil AS MATERIALIZED (
+        SELECT id_transaksi FROM outbox ORDER BY id_transaksi LIMIT :limit FOR UPDATE SKIP LOCKED),
+    dihapus AS (
+        DELETE FROM outbox o USING diambil d WHERE o.id_transaksi = d.id_transaksi
+        RETURNING o.id_transaksi, o.traceparent)
+    SELECT d.id_transaksi, t.tanggal_transaksi, t.no_rekening, t.jenis_transaksi, t.nominal, d.traceparent
+    FROM dihapus d JOIN transaksi t ON t.id = d.id_transaksi ORDER BY t.id""")
+_OUTBOX_AGE = text("""
+    SELECT extract(epoch FROM clock_timestamp() - tanggal_transaksi)::float8
+    FROM outbox JOIN transaksi ON id = id_transaksi ORDER BY id_transaksi LIMIT 1""")
+_RECONCILE = text("""
+    WITH jendela AS MATERIALIZED (
+        SELECT t.id, m.id_transaksi IS NULL AS hilang,
+            (m.jenis_transaksi, m.nominal, m.tanggal_transaksi)
+            IS DISTINCT FROM (t.jenis_transaksi, t.nominal, t.tanggal_transaksi) AS beda
+        FROM transaksi t LEFT JOIN mutasi m ON m.id_transaksi = t.id
+        WHERE t.id > :checked
+            AND t.tanggal_transaksi < clock_timestamp() - make_interval(secs => :after)
+        ORDER BY t.id LIMIT :window),
+    kembali AS (
+        INSERT INTO outbox (id_transaksi) SELECT id FROM jendela WHERE hilang ORDER BY id
+        ON CONFLICT DO NOTHING)
+    SELECT coalesce(min(id) FILTER (WHERE hilang) - 1, max(id), :checked) AS checked,
+        count(*) FILTER (WHERE hilang) AS hilang,
+        array_agg(id) FILTER (WHERE beda AND NOT hilang) AS beda
+    FROM jendela""")
+
+
+def take_outbox(connection: Connection, limit: int) -> Sequence[Row[Any]]:
+    """Take up to `limit` movements out of the outbox, oldest first; a rollback puts them back."""
+    return connection.execute(_TAKE, {"limit": limit}).all()
+
+
+def outbox_age(connection: Connection) -> float:
+    """Age in seconds of the oldest movement in the outbox, 0 where there is none."""
+    return connection.scalar(_OUTBOX_AGE) or 0.0
+
+
+def reconcile(connection: Connection, checked: int, after_s: int) -> Row[Any] | None:
+    """Put movements without a mutation row back into the outbox; None while another relay is at it.
+
+    Looks at a window of journal rows after id `checked`, older than `after_s` seconds. Gives the new `checked`
+    (every movement up to it has its mutation row), how many were missing (`hilang`), and the ids whose mutation
+    row says something else than the journal (`beda`, or None).
+    """
+    if not connection.scalar(select(func.pg_try_advisory_xact_lock(RECONCILE_LOCK))):
+        return None
+    return connection.execute(
+        _RECONCILE, {"checked": checked, "after": after_s, "window": RECONCILE_WINDOW}
+    ).one()
