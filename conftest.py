@@ -1,9 +1,11 @@
 """Fixtures: a bank of real processes on real servers, or with API_URL one that is already running."""
 
+import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import httpx
 import psycopg2
 import pytest
-import redis
+from redis import Redis as RedisClient
 
 from dev.local import Postgres, Redis, Service
 
@@ -107,15 +109,46 @@ class Servers:
         return Database(self.postgres)
 
     @property
-    def stream(self) -> "redis.Redis":
-        return redis.Redis(port=self.redis.port, password=self.redis.password)
+    def stream(self) -> RedisClient:
+        return RedisClient(port=self.redis.port, password=self.redis.password)
 
     def service(self, name: str, *arguments: str, **options: Any) -> Service:
         return Service(name, self.postgres, self.redis, *arguments, directory=self.directory, **options)
 
 
-@pytest.fixture(scope="session")
-def servers() -> Iterator[Servers]:
+FIELDS = {
+    "timestamp": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z",
+    "level": "DEBUG|INFO|WARNING|ERROR|CRITICAL",
+    "message": "(?s).+",
+    "service": "transaksi|mutasi",
+    "logger": ".+",
+}
+SECRETS = {
+    "a PIN": r"(?<!\w)(123456|234567|345678)(?!\w)",  # of the accounts of conftest.py and init.sql
+    "a PIN in base64": "MjM0NTY=|MzQ1Njc=|NDU2Nzg=",  # how the credentials of these accounts end
+    "a header": "(?i)basic [a-z0-9+/]{8}",
+    "a hash": r"\$2[aby]\$",
+    "an account number": r"(?<![\w-])\d{10,16}(?![\w-])",
+}
+
+
+def flaw_of(line: str) -> str | None:
+    """What is wrong with a line of a service's log: not JSON, not with its fields, or with a secret in it."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return "no JSON"
+    for name, form in FIELDS.items():
+        if not re.fullmatch(form, str(entry.get(name, ""))):
+            return f"no {name}"
+    # The ids of a trace are random: they may well look like an account number.
+    texts = [text for name, text in entry.items() if isinstance(text, str) and not name.endswith("_id")]
+    return next((kind for kind, form in SECRETS.items() if re.search(form, "\n".join(texts))), None)
+
+
+@contextmanager
+def new_servers() -> Iterator[Servers]:
+    """Empty servers of one's own; at the end each line that services have logged there is looked at."""
     if API_URL:
         pytest.skip("needs SQL and the stream: API_URL is set")
     with TemporaryDirectory(prefix="tabungan-test-") as made:
@@ -126,9 +159,18 @@ def servers() -> Iterator[Servers]:
             started.postgres.start()
             started.redis.start()
             yield started
+            for log in (log for name in ("transaksi", "mutasi") for log in directory.glob(f"{name}-*.log")):
+                for line in log.read_text().splitlines():
+                    assert not (flaw := flaw_of(line)), f"{flaw} in a log line of {log.stem}: {line}"
         finally:
             started.redis.stop()
             started.postgres.stop()
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    with new_servers() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ import argparse
 import logging
 import os
 import queue
+import select
+import signal
 import sys
 import threading
 import time
@@ -57,7 +59,7 @@ class Parser(argparse.ArgumentParser):
     """The arguments both services have; a service adds its own with `option`."""
 
     def __init__(self, service: str, description: str) -> None:
-        super().__init__(prog=f"python -m {service}", description=description)
+        super().__init__(prog=f"python -m {service}", description=description, allow_abbrev=False)
         self._service = service
         self.option("--db-host", str, "127.0.0.1", "PostgreSQL host")
         self.option("--db-port", whole(1, 65535), 5432, "PostgreSQL port")
@@ -117,7 +119,7 @@ class JsonLines(logging.Handler):
     def __init__(self, service: str) -> None:
         super().__init__()
         self.setFormatter(JsonLine(service))
-        self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(self.BACKLOG)
+        self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._dropped = 0
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
@@ -127,26 +129,40 @@ class JsonLines(logging.Handler):
         if span.is_valid:
             record.trace_id = trace.format_trace_id(span.trace_id)
             record.span_id = trace.format_span_id(span.span_id)
-        try:
-            self._records.put_nowait(record)
-        except queue.Full:
+        if self._records.qsize() < self.BACKLOG:
+            self._records.put(record)
+        else:
             self._dropped += 1
 
     def _write(self) -> None:
-        while record := self._records.get():
-            print(self.format(record), flush=self._records.empty())
-            if self._dropped and self._records.empty():
-                count, self._dropped = self._dropped, 0
-                log.warning("log lines dropped: stdout is too slow", extra={"jumlah": count})
+        # Whole lines, no more than a pipe takes at once: several processes may share it. Not through sys.stdout,
+        # whose lock would abort the exit of a process that waits for the reader.
+        lines = b""
+        for record in iter(self._records.get, None):
+            line = f"{self.format(record)}\n".encode()
+            if len(lines + line) > select.PIPE_BUF:
+                _to_stdout(lines)
+                lines = b""
+            lines += line
+            if self._records.empty():
+                _to_stdout(lines)
+                lines = b""
+                if self._dropped:
+                    count, self._dropped = self._dropped, 0
+                    log.warning("log lines dropped: stdout is too slow", extra={"jumlah": count})
+                time.sleep(0.02)  # lets lines gather: to wake a thread for each costs more than the line
+        _to_stdout(lines)
 
     def close(self) -> None:
         """Write what is left; give up after 2 s, since whoever reads stdout may have stopped reading."""
-        try:
-            self._records.put(None, timeout=1)
-            self._thread.join(timeout=1)
-        except queue.Full:
-            pass
+        self._records.put(None)
+        self._thread.join(timeout=2)
         super().close()
+
+
+def _to_stdout(lines: bytes) -> None:
+    while lines:
+        lines = lines[os.write(sys.stdout.fileno(), lines) :]
 
 
 class JsonLine(JsonFormatter):
@@ -175,6 +191,9 @@ def start_logging(service: str, level: str) -> None:
     logging.basicConfig(level=level, handlers=[JsonLines(service)], force=True)
     logging.captureWarnings(capture=True)
     threading.excepthook = _die
+    # No line shows these: https://docs.python.org/3/howto/logging.html#optimization
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
 
 
 def _die(args: threading.ExceptHookArgs) -> None:
@@ -241,13 +260,13 @@ def messaging(operation: str) -> dict[str, str]:
 # ---------------------------------------------------------------- PostgreSQL and Redis
 
 
-def open_postgres(settings: Settings, pool_size: int, **limits_ms: int) -> sqlalchemy.Engine:
-    """Make an engine; `limits_ms` are PostgreSQL's own time limits, such as statement_timeout, in ms.
+def open_postgres(settings: Settings, pool_size: int, **session: str | int) -> sqlalchemy.Engine:
+    """Make an engine; `session` are PostgreSQL's settings for its connections, such as time limits in ms.
 
-    A server that hangs is given up by these and by the socket's time limits
+    A server that hangs is given up by those and by the socket's time limits
     (https://www.postgresql.org/docs/18/libpq-connect.html).
     """
-    limits = limits_ms | {"timezone": "UTC"}
+    session["timezone"] = "UTC"
     return sqlalchemy.create_engine(
         sqlalchemy.URL.create(
             "postgresql+psycopg2",
@@ -267,7 +286,7 @@ def open_postgres(settings: Settings, pool_size: int, **limits_ms: int) -> sqlal
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,
-            "options": " ".join(f"-c {name}={value}" for name, value in limits.items()),
+            "options": " ".join(f"-c {name}={value}" for name, value in session.items()),
         },
     )
 
@@ -325,6 +344,7 @@ class Outage:
 
 def wait_for(server: str, try_once: Callable[[], object]) -> None:
     """Return when `try_once` raises no more: a server may merely be late. Gives up after 30 s."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # also as a container's process 1
     deadline = time.monotonic() + START_LIMIT_S
     warned = False
     while True:

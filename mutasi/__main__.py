@@ -23,9 +23,6 @@ def main() -> None:
     parser = Parser("mutasi", "Stores every accepted movement of service transaksi, once.")
     parser.option("--batch-size", whole(1, 10_000), 1000, "stream entries stored in one transaction")
     settings = parser.settings(MutasiSettings())
-    stopping = Event()
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sign, lambda *_: stopping.set())
     log.info("starting", extra=settings.shown())
     engine = open_postgres(
         settings,
@@ -37,6 +34,9 @@ def main() -> None:
     redis = open_redis(settings)
     wait_for("PostgreSQL", lambda: engine.connect().close())
     wait_for("Redis", redis.ping)
+    stopping = Event()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, lambda *_: stopping.set())
     log.info("started")
     consume(engine, Stream(redis), settings.batch_size, stopping, ALIVE)
     log.info("stopped")

@@ -78,12 +78,18 @@ def consume(engine: Engine, stream: Stream, batch_size: int, stopping: Event, al
 
 
 def turn(engine: Engine, stream: Stream, batch_size: int) -> None:
-    """One batch: bad messages aside, good ones into the book."""
-    pesan = []
+    """One batch: good ones into the book, then bad ones aside.
+
+    In this order, because a Redis that is full takes no dead letters, and what is stored makes room in it.
+    """
+    good: list[Pesan] = []
+    bad: list[tuple[Entry, Invalid]] = []
     for entry in stream.read(batch_size):
         try:
-            pesan.append(parse(entry))
+            good.append(parse(entry))
         except Invalid as reason:
-            set_aside(stream, entry, str(reason))
-    if pesan:
-        store(engine, stream, pesan)
+            bad.append((entry, reason))
+    if good:
+        store(engine, stream, good)
+    for entry, cause in bad:
+        set_aside(stream, entry, str(cause))

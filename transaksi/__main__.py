@@ -60,16 +60,17 @@ def read_settings() -> TransaksiSettings:
 def build(settings: TransaksiSettings) -> FastAPI:
     """Wire up one process."""
     timeout_ms = settings.request_timeout * 1000
-    engine = open_postgres(
-        settings,
-        pool_size=2 + THREADS,  # teller, relay, PIN checks
-        statement_timeout=timeout_ms,
-        lock_timeout=timeout_ms // 2,
-        idle_in_transaction_session_timeout=2 * timeout_ms,
+    limits = {
+        "statement_timeout": timeout_ms,
+        "lock_timeout": timeout_ms // 2,
+        "idle_in_transaction_session_timeout": 2 * timeout_ms,
         # A movement must be there, or never come, before the reconcile takes its id as settled.
-        transaction_timeout=settings.reconcile_after * 500,
-    )
-    relay = Relay(engine, open_redis(settings), settings.max_stream, settings.reconcile_after)
+        "transaction_timeout": settings.reconcile_after * 500,
+    }
+    engine = open_postgres(settings, pool_size=1 + THREADS, **limits)  # teller, PIN checks
+    # What the relay has deleted may come back after a crash: it is only sent again. So no wait for the disk.
+    relay_engine = open_postgres(settings, pool_size=1, synchronous_commit="off", **limits)
+    relay = Relay(relay_engine, open_redis(settings), settings.max_stream, settings.reconcile_after)
     teller = Teller(engine, settings.max_queue, committed=relay.wake)
     pin = PinCheck(engine, settings.auth_cache_ttl, settings.max_pin_failures, settings.lock_minutes)
     return create_app(teller, relay, pin, settings.request_timeout)
@@ -92,7 +93,9 @@ def main() -> None:
         workers=settings.workers,
         log_config=None,
         access_log=False,  # our own lines say more
+        ws="none",
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=3,  # for a client that never ends its request
     )
     # uvicorn raises the signal that stopped it once more: having stopped in good order is exit status 0.

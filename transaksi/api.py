@@ -2,19 +2,20 @@
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from opentelemetry import trace
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from settings import masked, traceparent
 from transaksi.app import (
@@ -25,6 +26,7 @@ from transaksi.app import (
     KunciSudahDipakai,
     Perintah,
     RekeningTidakDikenali,
+    SaldoMelebihiBatas,
     SaldoTidakCukup,
     Ulangan,
     authorize,
@@ -96,7 +98,8 @@ def refuse(
 class PinMiddleware:
     """Lets nobody pass but a customer who has proved his account by PIN; reads no payload.
 
-    Also the outermost place: an unexpected error becomes a 500 here, with a log line.
+    Also the outermost place: bounds the payload in size and time, and turns an unexpected error into a 500 with
+    a log line.
     """
 
     def __init__(self, app: ASGIApp, pin: PinCheck, request_timeout: int) -> None:
@@ -105,30 +108,43 @@ class PinMiddleware:
         self._request_timeout = request_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         arrived = time.monotonic()  # the event loop's clock too
         scope["arrived"], scope["deadline"] = arrived, arrived + self._request_timeout
         scope["context"] = {"path": scope["path"][:100]}
-        request = Request(scope)
+        if scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
         try:
             scope["nasabah"] = await self._authenticate(scope)
         except NotAuthenticated as cause:
-            response = refuse(request, 401, PIN_SALAH, CHALLENGE, cause=str(cause))
+            response = refuse(Request(scope), 401, PIN_SALAH, CHALLENGE, cause=str(cause))
         except Unavailable:
-            response = refuse(request, 503, COBA_LAGI, RETRY)
+            response = refuse(Request(scope), 503, COBA_LAGI, RETRY)
         else:
-            try:
-                async with asyncio.timeout_at(scope["deadline"] + 1):  # a body that never ends
-                    await self._app(scope, receive, send)
+            failure = await self._pass_on(scope, receive, send)
+            if failure is None:
                 return
-            except TimeoutError:
-                response = refuse(request, 408, REMARKS[408])
-            except Exception:
-                log.exception("unexpected error", extra=scope["context"])
-                response = refuse(request, 500, REMARKS[500])
+            response = refuse(Request(scope), failure, REMARKS[failure])
         await response(scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> int | None:
+        """Let the application answer; the status where it could not."""
+        task = asyncio.current_task()
+        assert task  # noqa: S101 - for the type checker: a coroutine that runs has one
+        timer = task.get_loop().call_at(scope["deadline"] + 1, task.cancel)  # a payload that never ends
+        try:
+            await self._app(scope, bounded(scope, receive), send)
+        except asyncio.CancelledError:
+            return 408
+        except Exception:
+            log.exception("unexpected error", extra=scope["context"])
+            return 500
+        finally:
+            timer.cancel()
+        return None
 
     async def _authenticate(self, scope: Scope) -> str:
         authorization = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -138,6 +154,24 @@ class PinMiddleware:
         scope["context"]["no_rekening"] = masked(no_rekening)
         await self._pin.check(no_rekening, pin, scope["arrived"], scope["deadline"])
         return no_rekening
+
+
+def bounded(scope: Scope, receive: Receive) -> Receive:
+    """`receive`, raising 413 past `MAX_BODY` bytes: those declared, or where none are declared those that came."""
+    declared = next((int(value) for name, value in scope["headers"] if name == b"content-length"), None)
+    if declared is not None and declared <= MAX_BODY:
+        return receive  # the server sees to it that no more come
+    received = declared or 0
+
+    async def receive_bounded() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > MAX_BODY:
+            raise HTTPException(413)
+        return message
+
+    return receive_bounded
 
 
 async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -192,6 +226,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         "Malformed, or against the rules; nothing has changed",
         RekeningTidakDikenali.remark,
         SaldoTidakCukup.remark,
+        SaldoMelebihiBatas.remark,
+        REMARKS[400],
         *FIELD_REMARKS.values(),
     ),
     401: answers("Not authenticated, whatever the cause", PIN_SALAH, WWW_Authenticate="RFC 7617"),
@@ -214,15 +250,29 @@ REPLAYED = {
         }
     }
 }
-Key = Annotated[
-    str | None,
-    Header(
-        min_length=1,
-        max_length=255,
-        pattern="^[ -~]+$",
-        description="Makes repeating safe: the same key moves the money once",
-    ),
-]
+# Read by hand: to let FastAPI do it costs every request more than the PIN check does.
+KEY = {
+    "parameters": [
+        {
+            "name": "Idempotency-Key",
+            "in": "header",
+            "description": "Makes repeating safe: the same key moves the money once",
+            "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
+        }
+    ]
+}
+KEY_FORM = re.compile("[ -~]{1,255}")
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The request's key, if it has one; raises `RequestValidationError` for a bad one and for two."""
+    keys = [value for name, value in request.scope["headers"] if name == b"idempotency-key"]
+    if not keys:
+        return None
+    key: str = keys[0].decode("latin-1")
+    if len(keys) > 1 or not KEY_FORM.fullmatch(key):
+        raise RequestValidationError([{"loc": ("header", "idempotency-key")}])
+    return key
 
 
 def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int) -> FastAPI:
@@ -243,6 +293,7 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
         lifespan=lifespan,
         exception_handlers=HANDLERS,
         redoc_url=None,
+        redirect_slashes=False,
         swagger_ui_oauth2_redirect_url=None,
         telemetry={
             "operation_spans": False,
@@ -253,39 +304,46 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
     )
     app.add_middleware(PinMiddleware, pin=pin, request_timeout=request_timeout)
 
-    async def move(
-        jenis: Jenis, permintaan: Permintaan, request: Request, key: str | None
-    ) -> Saldo | JSONResponse:
+    async def move(jenis: Jenis, permintaan: Permintaan, request: Request) -> JSONResponse:
         scope = request.scope
         context = scope["context"]
         context |= {"jenis_transaksi": jenis, "nominal": permintaan.nominal}
-        trace.get_current_span().set_attributes(context)
+        span = trace.get_current_span()
+        if span.is_recording():
+            span.set_attributes(context)
         if permintaan.no_rekening != scope["nasabah"]:
             context["no_rekening_payload"] = masked(permintaan.no_rekening)
         authorize(scope["nasabah"], permintaan.no_rekening)
-        perintah = Perintah(jenis, permintaan.no_rekening, permintaan.nominal, key, traceparent())
+        perintah = Perintah(
+            jenis, permintaan.no_rekening, permintaan.nominal, idempotency_key(request), traceparent()
+        )
         hasil = await teller.submit(perintah, scope["deadline"])
+        repeated = isinstance(hasil, Ulangan)
         gerakan = hasil.pertama if isinstance(hasil, Ulangan) else hasil
         context |= {
             "saldo": gerakan.saldo_akhir,
             "id_transaksi": gerakan.id_transaksi,
             "duration_ms": round((time.monotonic() - scope["arrived"]) * 1000, 1),
         }
-        if isinstance(hasil, Ulangan):
-            log.info("movement answered again", extra=context)
-            return JSONResponse({"saldo": gerakan.saldo_akhir}, headers={"Idempotent-Replayed": "true"})
-        log.info("movement accepted", extra=context)
-        return Saldo(saldo=gerakan.saldo_akhir)
+        log.info("movement answered again" if repeated else "movement accepted", extra=context)
+        headers = {"Idempotent-Replayed": "true"} if repeated else None
+        return JSONResponse({"saldo": gerakan.saldo_akhir}, headers=headers)
 
-    @app.post("/tabung", response_model=Saldo, responses=REFUSALS | {200: REPLAYED}, max_body_size=MAX_BODY)
-    async def tabung(permintaan: Permintaan, request: Request, idempotency_key: Key = None) -> Any:
+    documented: dict[str, Any] = {
+        "response_model": Saldo,
+        "responses": REFUSALS | {200: REPLAYED},
+        "openapi_extra": KEY,
+    }
+
+    @app.post("/tabung", **documented)
+    async def tabung(permintaan: Permintaan, request: Request) -> JSONResponse:
         """Deposit."""
-        return await move("tabung", permintaan, request, idempotency_key)
+        return await move("tabung", permintaan, request)
 
-    @app.post("/tarik", response_model=Saldo, responses=REFUSALS | {200: REPLAYED}, max_body_size=MAX_BODY)
-    async def tarik(permintaan: Permintaan, request: Request, idempotency_key: Key = None) -> Any:
+    @app.post("/tarik", **documented)
+    async def tarik(permintaan: Permintaan, request: Request) -> JSONResponse:
         """Withdraw."""
-        return await move("tarik", permintaan, request, idempotency_key)
+        return await move("tarik", permintaan, request)
 
     @app.get("/health", responses={503: answers("Cannot serve", COBA_LAGI)})
     async def health() -> Any:

@@ -21,7 +21,6 @@ from sqlalchemy import (
     bindparam,
     case,
     func,
-    insert,
     select,
     text,
     update,
@@ -119,29 +118,22 @@ _FIND_KEYS = select(
     Transaksi,
     (Transaksi.no_rekening == _keys.c.no_rekening) & (Transaksi.idempotency_key == _keys.c.idempotency_key),
 )
-_saldo = rows(no_rekening=Text, saldo=BigInteger)
-_SET_SALDO = update(Rekening).values(saldo=_saldo.c.saldo).where(Rekening.no_rekening == _saldo.c.no_rekening)
-_journal = rows(
-    no_rekening=Text,
-    jenis_transaksi=Transaksi.jenis_transaksi.type,
-    nominal=BigInteger,
-    saldo_akhir=BigInteger,
-    idempotency_key=Text,
-)
-_ADD_JOURNAL = (
-    insert(Transaksi)
-    .from_select(
-        [column.name for column in _journal.c if column.name != "urutan"],
-        select(*(column for column in _journal.c if column.name != "urutan")).order_by(
-            _journal.c.urutan
-        ),  # so that ids follow the order of the commands
-    )
-    .returning(Transaksi.id)
-)
-_outbox = rows(id_transaksi=BigInteger, traceparent=Text)
-_ADD_OUTBOX = insert(Outbox).from_select(
-    ["id_transaksi", "traceparent"], select(_outbox.c.id_transaksi, _outbox.c.traceparent)
-)
+# One statement, one round trip. The ids follow the order of the commands, and so do the traceparents.
+_RECORD = text("""
+    WITH tercatat AS (
+        INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key)
+        SELECT no_rekening, jenis::jenis_transaksi, nominal, saldo_akhir, idempotency_key
+        FROM unnest(:no_rekening, :jenis, (:nominal)::bigint[], (:saldo_akhir)::bigint[], (:idempotency_key)::text[])
+            WITH ORDINALITY AS baris(no_rekening, jenis, nominal, saldo_akhir, idempotency_key, urutan)
+        ORDER BY urutan RETURNING id),
+    antre AS (
+        INSERT INTO outbox (id_transaksi, traceparent)
+        SELECT id, ((:traceparent)::text[])[row_number() OVER (ORDER BY id)] FROM tercatat),
+    posisi AS (
+        UPDATE rekening r SET saldo = baru.saldo
+        FROM unnest(:rekening, (:saldo)::bigint[]) AS baru(no_rekening, saldo)
+        WHERE r.no_rekening = baru.no_rekening)
+    SELECT id FROM tercatat ORDER BY id""")
 
 
 def lock_saldo(connection: Connection, no_rekening: Iterable[str]) -> dict[str, int]:
@@ -173,21 +165,21 @@ def record(connection: Connection, gerakan: Sequence[Gerakan], saldo: dict[str, 
     """Write movements to balances, journal and outbox; sets their `id_transaksi`."""
     perintah = [g.perintah for g in gerakan]
     touched = {p.no_rekening: saldo[p.no_rekening] for p in perintah}
-    connection.execute(_SET_SALDO, {"all_no_rekening": list(touched), "all_saldo": list(touched.values())})
-    journal = {
-        "all_no_rekening": [p.no_rekening for p in perintah],
-        "all_jenis_transaksi": [p.jenis_transaksi for p in perintah],
-        "all_nominal": [p.nominal for p in perintah],
-        "all_saldo_akhir": [g.saldo_akhir for g in gerakan],
-        "all_idempotency_key": [p.idempotency_key for p in perintah],
-    }
-    ids = sorted(connection.scalars(_ADD_JOURNAL, journal))
+    ids = connection.scalars(
+        _RECORD,
+        {
+            "no_rekening": [p.no_rekening for p in perintah],
+            "jenis": [p.jenis_transaksi for p in perintah],
+            "nominal": [p.nominal for p in perintah],
+            "saldo_akhir": [g.saldo_akhir for g in gerakan],
+            "idempotency_key": [p.idempotency_key for p in perintah],
+            "traceparent": [p.traceparent for p in perintah],
+            "rekening": list(touched),
+            "saldo": list(touched.values()),
+        },
+    )
     for g, id_transaksi in zip(gerakan, ids, strict=True):
         g.id_transaksi = id_transaksi
-    connection.execute(
-        _ADD_OUTBOX,
-        {"all_id_transaksi": ids, "all_traceparent": [p.traceparent for p in perintah]},
-    )
 
 
 # ---------------------------------------------------------------- PIN

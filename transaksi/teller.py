@@ -89,14 +89,19 @@ class Teller:
         self._queue.put(ticket)
         try:
             return await ticket.future
+        except asyncio.CancelledError:  # the server is stopping
+            raise self._withdraw(ticket) from None
         finally:
             timer.cancel()
 
     def _expire(self, ticket: Ticket) -> None:
+        if not ticket.future.done():
+            ticket.future.set_exception(self._withdraw(ticket))
+
+    def _withdraw(self, ticket: Ticket) -> Unavailable | Unknown:
         with self._claim:
             ticket.withdrawn = not ticket.taken
-        if not ticket.future.done():
-            ticket.future.set_exception(Unavailable() if ticket.withdrawn else Unknown())
+        return Unavailable() if ticket.withdrawn else Unknown()
 
     def _run(self) -> None:
         while True:

@@ -1,0 +1,1 @@
+"""What goes deeper than the HTTP contract: rules, faults, security, tracing."""
