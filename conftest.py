@@ -116,6 +116,14 @@ class Servers:
         return Service(name, self.postgres, self.redis, *arguments, directory=self.directory, **options)
 
 
+def log_lines(service: Service, message: str = "(?s).*") -> list[dict[str, Any]]:
+    """What a service has logged since its last start, where the message matches."""
+    with service.log.open() as log:
+        log.seek(service.log_start)
+        entries = [json.loads(line) for line in log]
+    return [entry for entry in entries if re.fullmatch(message, entry["message"])]
+
+
 FIELDS = {
     "timestamp": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z",
     "level": "DEBUG|INFO|WARNING|ERROR|CRITICAL",

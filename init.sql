@@ -85,15 +85,17 @@ SELECT r.no_rekening, r.saldo,
 FROM rekening r LEFT JOIN transaksi t ON t.no_rekening = r.no_rekening LEFT JOIN mutasi m ON m.id_transaksi = t.id
 GROUP BY r.no_rekening, r.saldo;
 
--- Each service may do just what its statements need.
+-- Each service may do just what its statements need, and nothing in the server's other databases.
+REVOKE ALL ON DATABASE postgres, template1 FROM PUBLIC;
 DO $$ BEGIN EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database()); END $$;
 DO $$ BEGIN EXECUTE format('GRANT CONNECT ON DATABASE %I TO transaksi, mutasi', current_database()); END $$;
-GRANT SELECT, UPDATE (saldo) ON rekening TO transaksi;
+GRANT SELECT (no_rekening, saldo), UPDATE (saldo) ON rekening TO transaksi;
 GRANT SELECT, UPDATE (pin_gagal, terkunci_sampai) ON kredensial TO transaksi;
-GRANT SELECT, INSERT ON transaksi TO transaksi;
+GRANT SELECT, INSERT (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key) ON transaksi TO transaksi;
 GRANT SELECT, INSERT, DELETE, UPDATE ON outbox TO transaksi;  -- UPDATE: FOR UPDATE SKIP LOCKED asks for it
 GRANT SELECT ON mutasi TO transaksi;                          -- to find what Redis lost
-GRANT SELECT, INSERT ON mutasi TO mutasi;                     -- SELECT: ON CONFLICT asks for it
+GRANT SELECT, INSERT (id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal)
+    ON mutasi TO mutasi;                                      -- SELECT: ON CONFLICT asks for it
 
 -- Opens an account with its first deposit (0: none), which goes the way of every movement: journal, outbox, mutasi.
 CREATE FUNCTION buka_rekening(no_rekening text, nama text, pin_hash text, setoran bigint) RETURNS void

@@ -1,35 +1,26 @@
-"""What both services share: arguments and environment, JSON logging, the way to PostgreSQL and Redis."""
+"""What both services are told (arguments, and secrets from the environment), and their way to PostgreSQL and Redis."""
 
 import argparse
 import logging
 import os
-import queue
-import select
 import signal
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import sqlalchemy
-from opentelemetry import trace
-from opentelemetry.context import Context
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from pythonjsonlogger.json import JsonFormatter
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from sqlalchemy.exc import DBAPIError
 
+from telemetry import give_up, start_logging
+
 log = logging.getLogger(__name__)
 
 STREAM = "mutasi"
-_PROPAGATOR = TraceContextTextMapPropagator()
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 START_LIMIT_S = 30
 
@@ -66,12 +57,18 @@ class Parser(argparse.ArgumentParser):
         self.option("--db-name", str, "tabungan", "PostgreSQL database")
         self.option("--redis-host", str, "127.0.0.1", "Redis host")
         self.option("--redis-port", whole(1, 65535), 6379, "Redis port")
-        self.option("--log-level", log_level, "INFO", ", ".join(LEVELS))
+        self.option("--log-level", str.upper, "INFO", ", ".join(LEVELS), choices=LEVELS)
 
-    def option(self, name: str, kind: Callable[[str], object], default: object, meaning: str) -> None:
-        self.add_argument(
-            name, type=kind, default=default, metavar="X", help=f"{meaning} (default: {default})"
-        )
+    def option(
+        self,
+        name: str,
+        kind: Callable[[str], object],
+        default: object,
+        meaning: str,
+        choices: Sequence[str] | None = None,
+    ) -> None:
+        text = f"{meaning} (default: {default})"
+        self.add_argument(name, type=kind, default=default, choices=choices, metavar="X", help=text)
 
     def settings(self, into: S) -> S:
         """Read arguments and environment and start logging; exits where one is missing or refused."""
@@ -95,166 +92,6 @@ def whole(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
-
-
-def log_level(text: str) -> str:
-    """An argparse type: the name of a log level, in any case."""
-    if text.upper() not in LEVELS:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(LEVELS)}")
-    return text.upper()
-
-
-# ---------------------------------------------------------------- logging
-
-
-class JsonLines(logging.Handler):
-    """One JSON object a line on stdout, written by a thread of its own.
-
-    Callers never wait: past a bounded backlog (a reader of stdout that is too slow) lines are dropped, and one
-    WARNING says how many.
-    """
-
-    BACKLOG = 10_000
-
-    def __init__(self, service: str) -> None:
-        super().__init__()
-        self.setFormatter(JsonLine(service))
-        self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
-        self._dropped = 0
-        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
-        self._thread.start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        span = trace.get_current_span().get_span_context()
-        if span.is_valid:
-            record.trace_id = trace.format_trace_id(span.trace_id)
-            record.span_id = trace.format_span_id(span.span_id)
-        if self._records.qsize() < self.BACKLOG:
-            self._records.put(record)
-        else:
-            self._dropped += 1
-
-    def _write(self) -> None:
-        # Whole lines, no more than a pipe takes at once: several processes may share it. Not through sys.stdout,
-        # whose lock would abort the exit of a process that waits for the reader.
-        lines = b""
-        for record in iter(self._records.get, None):
-            line = f"{self.format(record)}\n".encode()
-            if len(lines + line) > select.PIPE_BUF:
-                _to_stdout(lines)
-                lines = b""
-            lines += line
-            if self._records.empty():
-                _to_stdout(lines)
-                lines = b""
-                if self._dropped:
-                    count, self._dropped = self._dropped, 0
-                    log.warning("log lines dropped: stdout is too slow", extra={"jumlah": count})
-                time.sleep(0.02)  # lets lines gather: to wake a thread for each costs more than the line
-        _to_stdout(lines)
-
-    def close(self) -> None:
-        """Write what is left; give up after 2 s, since whoever reads stdout may have stopped reading."""
-        self._records.put(None)
-        self._thread.join(timeout=2)
-        super().close()
-
-
-def _to_stdout(lines: bytes) -> None:
-    while lines:
-        lines = lines[os.write(sys.stdout.fileno(), lines) :]
-
-
-class JsonLine(JsonFormatter):
-    """timestamp (RFC 3339, UTC), level, message, logger, service, then the record's own context."""
-
-    def __init__(self, service: str) -> None:
-        super().__init__(
-            ["asctime", "levelname", "message", "name"],
-            rename_fields={"asctime": "timestamp", "levelname": "level", "name": "logger"},
-            static_fields={"service": service},
-            reserved_attrs=[*logging.makeLogRecord({}).__dict__, "color_message", "taskName"],
-        )
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        moment = datetime.fromtimestamp(record.created, UTC)
-        return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        # The frames and the type, never the text: a database's prints the rows it is about.
-        kind, _, trail = ei
-        return "".join(traceback.format_tb(trail)) + str(kind.__name__)
-
-
-def start_logging(service: str, level: str) -> None:
-    """Send every logger's lines, the libraries' too, through `JsonLines`."""
-    logging.basicConfig(level=level, handlers=[JsonLines(service)], force=True)
-    logging.captureWarnings(capture=True)
-    threading.excepthook = _die
-    # No line shows these: https://docs.python.org/3/howto/logging.html#optimization
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
-
-
-def _die(args: threading.ExceptHookArgs) -> None:
-    # Without one of its threads a process looks alive and does nothing: better none, and a restart.
-    log.critical("%s died", args.thread and args.thread.name, exc_info=args[:3])  # type: ignore[arg-type]
-    logging.shutdown()
-    os._exit(1)
-
-
-def masked(no_rekening: str) -> str:
-    """An account number as logs and traces show it: the last four digits only."""
-    return "*" * (len(no_rekening) - 4) + no_rekening[-4:]
-
-
-def business(movement: Any) -> dict[str, Any]:
-    """What logs and traces say of a movement."""
-    names = ("id_transaksi", "jenis_transaksi", "nominal")
-    return {"no_rekening": masked(movement.no_rekening)} | {n: getattr(movement, n) for n in names}
-
-
-def give_up(message: str, **context: object) -> NoReturn:
-    """One CRITICAL line and exit status 1."""
-    log.critical(message, extra=context)
-    sys.exit(1)
-
-
-# ---------------------------------------------------------------- tracing (the API only: without an SDK it does nothing)
-
-
-def traceparent() -> str | None:
-    """The current span as a W3C traceparent (https://www.w3.org/TR/trace-context/), None outside of a trace."""
-    carrier: dict[str, str] = {}
-    _PROPAGATOR.inject(carrier)
-    return carrier.get("traceparent")
-
-
-def trace_of(traceparent: str | None) -> Context:
-    """The context in which a span becomes a child of `traceparent`; without one, or with a bad one, a root."""
-    return _PROPAGATOR.extract({"traceparent": traceparent} if traceparent else {}, Context())
-
-
-def batch_span(
-    tracer: trace.Tracer, name: str, traceparents: Iterable[str | None]
-) -> AbstractContextManager[object]:
-    """A batch's own trace, linked to those of the movements in it; nothing where none of them is traced."""
-    spans = [trace.get_current_span(trace_of(t)) for t in traceparents if t]
-    if not spans:
-        return nullcontext()
-    links = [trace.Link(span.get_span_context()) for span in spans]
-    count = {"messaging.batch.message_count": len(links)}
-    return tracer.start_as_current_span(name, Context(), links=links, attributes=count)
-
-
-def messaging(operation: str) -> dict[str, str]:
-    """A span's messaging attributes (https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/)."""
-    return {
-        "messaging.system": "redis",
-        "messaging.destination.name": STREAM,
-        "messaging.operation.name": operation,
-        "messaging.operation.type": operation,
-    }
 
 
 # ---------------------------------------------------------------- PostgreSQL and Redis
@@ -307,7 +144,8 @@ def describe(error: BaseException | None) -> dict[str, object]:
     """What a log line may say of an error: of PostgreSQL's own text nothing, since its DETAIL prints rows."""
     facts: dict[str, object] = {"error": type(error).__name__}
     if isinstance(error, RedisError):
-        facts["detail"] = str(error)
+        # without the command of a pipeline, which prints the movement
+        facts["detail"] = str(error).rpartition(" of pipeline caused error: ")[2]
     if isinstance(error, DBAPIError) and error.orig is not None:
         facts["error"] = type(error.orig).__name__
         if sqlstate(error):

@@ -1,15 +1,14 @@
 """The benchmark: `python -m dev.bench` measures everything in one run, on servers of its own.
 
-The candidates take turns, several rounds over; figures are medians of the rounds, ratios are taken within a round.
-After every load outbox and stream must become empty and the audit be zero, otherwise the failure stands in the
-figure's place and the exit status is 1. No process is pinned: load, services and servers share the machine.
+The candidates take turns, some rounds over. A figure is the median of the rounds, a ratio that of each
+round's. After every load outbox and stream must become empty and the audit be zero; otherwise the failure is
+printed instead of the figure, and the exit status is 1. No process is pinned: generator, services and servers
+share the machine.
 """
-
-# A command-line tool that starts programs of ours; the benchmark's random numbers are no secrets.
-# ruff: noqa: S311, S603, T201
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -19,19 +18,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import cycle, islice
 from multiprocessing import get_context
-from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,16 +45,17 @@ from transaksi.api import Permintaan, Saldo
 from transaksi.app import MAX_NOMINAL
 from transaksi.datastore import Rekening, Transaksi
 
-REDIS_SETTINGS = ("appendonly", "appendfsync")
 FIRST = 6_000_000_000
 BACKLOG = 100_000
+PATIENCE_S = 120
 PIN = "123456"
 PIN_HASH = "$2b$10$CxlNcIK8q19til.lbenvnuJlfS/0p3G3DAT5tMDHzVeYB1zUfq8aW"  # of PIN, as in init.sql
 PLAIN_DB = "polos"  # the references' own copy: their movements have no mutations
 AUDIT = "SELECT count(*) FROM audit_saldo WHERE (selisih_transaksi, selisih_mutasi, beda) <> (0, 0, 0)"
 PLAIN_AUDIT = "SELECT count(*) FROM audit_saldo WHERE selisih_transaksi <> 0"
 PGBENCH = """\\set no random({first}, {last})
-WITH r AS (UPDATE rekening SET saldo = saldo + 1 WHERE no_rekening = (:no)::text RETURNING no_rekening, saldo),
+WITH r AS (UPDATE rekening SET saldo = saldo + 1 WHERE no_rekening = (:no)::text
+        RETURNING no_rekening, saldo),
     t AS (INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir)
         SELECT no_rekening, 'tabung', 1, saldo FROM r RETURNING id)
 INSERT INTO outbox (id_transaksi) SELECT id FROM t;
@@ -69,6 +67,14 @@ WITH r AS (UPDATE rekening SET saldo = saldo + %(each)s WHERE no_rekening = ANY(
         SELECT no_rekening, 'tabung', 1, dulu + n FROM generate_series(1, %(each)s) n, r RETURNING id)
 INSERT INTO outbox (id_transaksi) SELECT id FROM t
 """
+ARRIVED = """
+SELECT id_transaksi, no_rekening, (SELECT saldo_akhir FROM transaksi WHERE id = id_transaksi)
+FROM mutasi WHERE id_transaksi > %s
+"""  # not a join, whose plan without statistics reads the whole journal
+
+Figure = dict[str, float]  # the columns of one measured load; "own" is the server that the load is for
+COSTS = [f"{name} us" for name in ("own", "PostgreSQL", "Redis", "mutasi", "generator")]
+COLUMNS = ("a second", "p50 ms", "p99 ms", "behind s", *COSTS, "MiB")
 
 
 class Failed(Exception):
@@ -90,7 +96,7 @@ def noop() -> FastAPI:
 
 
 def plain() -> FastAPI:
-    """The plain way: one transaction of three statements per request, no authentication, no outbox."""
+    """The plain way: a transaction of three statements per request, no authentication, no outbox."""
     url = sqlalchemy.make_url(os.environ["DB_URL"]).set(drivername="postgresql+psycopg2")
     engine = sqlalchemy.create_engine(url, pool_size=40)  # a connection for each of Starlette's threads
     app = FastAPI()
@@ -141,19 +147,21 @@ def post(path: str, no_rekening: str, nominal: int, pin: str = PIN) -> bytes:
     ).encode()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shots:
-    """What came back."""
+    """What came back: answers by status, latencies, the generator's own CPU seconds."""
 
+    statuses: Counter[str]
     seconds: float
+    latency: Figure
     cpu: float
-    statuses: Counter[int]
-    latencies: list[float]
-    answered: list[tuple[int, float, bytes]]  # of a paced load: which request, when, what
+    answered: Sequence[tuple[int, float, bytes]] = ()  # of a paced load: which request, when, what
 
-    @property
-    def rate(self) -> float:
-        return len(self.latencies) / self.seconds
+
+def percentiles(latencies: Iterable[float]) -> Figure:
+    """Of seconds."""
+    ordered = sorted(latencies)
+    return {f"p{p} ms": 1000 * ordered[len(ordered) * p // 100] for p in (50, 99)}
 
 
 def fire(
@@ -164,50 +172,57 @@ def fire(
     rate: float = 0,
     limit: int | None = None,
 ) -> Shots:
-    """Keep `connections` busy for `seconds` or `limit` requests, cycling over those given, at most `rate` a second."""
+    """Keep `connections` busy for `seconds` or `limit` requests, cycling over those given.
+
+    A raw client on epoll, lighter than asyncio: what it spends the services cannot. Paced by `rate` a second.
+    """
     poll = select.epoll()
-    lines: dict[int, socket.socket] = {}
-    for _ in range(connections):
-        line = socket.create_connection((HOST, port))
+    lines = [socket.create_connection((HOST, port)) for _ in range(connections)]
+    free = {line.fileno(): line for line in lines}
+    for line in lines:
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        lines[line.fileno()] = line
         poll.register(line, select.EPOLLIN)
     todo = islice(cycle(enumerate(requests)), limit)
-    shots = Shots(0, 0, Counter(), [], [])
-    free, sent, parts = list(lines), dict[int, tuple[int, float]](), defaultdict[int, bytes](bytes)
+    busy: dict[int, tuple[socket.socket, int, float]] = {}
+    parts: dict[int, bytes] = {}
+    statuses: Counter[str] = Counter()
+    latencies, answered = [], []
     cpu, began = time.process_time(), time.monotonic()
     now = due = began
+    end = began + seconds
     while True:
-        while free and due <= now < began + seconds and (following := next(todo, None)):
+        while free and due <= now < end and (following := next(todo, None)):
+            fd, line = free.popitem()
             number, request = following
-            fd = free.pop()
-            sent[fd] = number, time.monotonic()
-            lines[fd].send(request)
+            busy[fd] = line, number, time.monotonic()
+            line.sendall(request)
             due += 1 / rate if rate else 0
-        if not sent and (now >= began + seconds or not rate):
+        if not busy and (now >= end or not rate):
             break
-        for fd, _ in poll.poll(max(0.0, due - now) if rate and free else 30):
-            part = lines[fd].recv(65536)
-            now = time.monotonic()
+        idle = bool(rate and free)
+        events = poll.poll(max(0.0, due - now) if idle else 30)
+        if not events and not idle:
+            raise Failed("no answer within 30 s")
+        for fd, _ in events:
+            line, number, since = busy[fd]
+            part = line.recv(65536)
+            whole = parts.pop(fd, b"") + part
             if not part:
                 raise Failed("the server hung up")
-            whole = parts.pop(fd, b"") + part
             if not whole.endswith(b"}"):  # every answer is one flat JSON object
                 parts[fd] = whole
                 continue
-            number, since = sent.pop(fd)
-            free.append(fd)
-            shots.latencies.append(now - since)
-            shots.statuses[int(whole[9:12])] += 1
+            now = time.monotonic()
+            del busy[fd]
+            free[fd] = line
+            latencies.append(now - since)
+            statuses[whole[9:12].decode()] += 1
             if rate:
-                shots.answered.append((number, now, whole))
+                answered.append((number, now, whole))
         now = time.monotonic()
-        if now > began + seconds + 30:
-            raise Failed("the server does not answer")
-    shots.seconds, shots.cpu = now - began, time.process_time() - cpu
-    for line in lines.values():
+    for line in lines:
         line.close()
-    return shots
+    return Shots(statuses, now - began, percentiles(latencies), time.process_time() - cpu, answered)
 
 
 # ---------------------------------------------------------------- measuring
@@ -215,30 +230,13 @@ def fire(
 
 @dataclass(frozen=True)
 class Load:
-    """A candidate: what is sent where, and the share of it that must be answered 200."""
+    """What is sent where, and the share of it that must be answered 200, the rest 400."""
 
     server: Server
     requests: Sequence[bytes]
     connections: int = 64
     accepted: float = 1.0
     flood: Sequence[bytes] = ()
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured load: a second, seconds, CPU seconds a request, seconds until its last mutation was there."""
-
-    rate: float
-    p50: float | None = None
-    p99: float | None = None
-    cpu: dict[str, float] = field(default_factory=dict)
-    behind: float | None = None
-
-
-def percentiles(values: Iterable[float]) -> tuple[float, float]:
-    """The median and the 99th percentile."""
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
 
 
 def cpu_seconds(server: Server) -> float:
@@ -260,6 +258,12 @@ def cpu_seconds(server: Server) -> float:
     return tree(server.pid) / os.sysconf("SC_CLK_TCK")
 
 
+def rss_mib(server: Server) -> float:
+    """Resident memory of a process, without children."""
+    pages = int(Path(f"/proc/{server.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 class Bank:
     """Servers, services and accounts of the run, all ended when the `stack` is left."""
 
@@ -270,11 +274,12 @@ class Bank:
         self.accounts = [str(FIRST + n) for n in range(accounts)]
         self.postgres = Postgres(self.directory / "postgres")
         self.redis = Redis(self.directory / "redis")
-        self.transaksi = self.service("transaksi", "--auth-cache-ttl", "3600")
-        self.mutasi = self.service("mutasi")
         self.plain_url = self.postgres.url().removesuffix("tabungan") + PLAIN_DB
         self.noop = Reference("noop", self.directory)
         self.plain = Reference("plain", self.directory, DB_URL=self.plain_url)
+        self.mutasi = self.service("mutasi")
+        self.transaksi = self.service("transaksi", "--auth-cache-ttl", "3600")
+        self.two = self.service("transaksi", "--auth-cache-ttl", "3600", "--workers", "2")
         self.stream = redis.Redis(port=self.redis.port, password=self.redis.password)
         self.generators = ProcessPoolExecutor(2, get_context("spawn"))
         stack.callback(self.generators.shutdown)
@@ -293,105 +298,102 @@ class Bank:
         opened = "SELECT buka_rekening(no, 'Nasabah', %(pin_hash)s, 1000000) FROM unnest(%(accounts)s) no"
         self.sql(opened, pin_hash=PIN_HASH, accounts=self.accounts)
         self.sql(f"CREATE DATABASE {PLAIN_DB} TEMPLATE tabungan")
-        self.start(self.mutasi, self.transaksi, self.noop, self.plain)
+        self.start(self.noop, self.plain, self.mutasi, self.transaksi)
 
-    def sql(self, query: str, url: str = "", **parameters: Any) -> list[tuple[Any, ...]]:
-        connection = psycopg2.connect(url or self.postgres.url())
-        connection.autocommit = True
-        try:
+    def sql(self, query: str, url: str = "", **parameters: Any) -> Any:
+        """The first column of the first row, where there is one."""
+        with closing(psycopg2.connect(url or self.postgres.url())) as connection:
+            connection.autocommit = True
             with connection.cursor() as cursor:
                 cursor.execute(query, parameters)
-                return cursor.fetchall() if cursor.description else []
-        finally:
-            connection.close()
+                return (cursor.fetchone() or (None,))[0] if cursor.description else None
 
-    def fire(self, load: Load, seconds: float, **options: Any) -> "Future[Shots]":
-        """Start sending a load."""
-        return self.generators.submit(
-            fire, load.server.port, load.requests, load.connections, seconds, **options
-        )
-
-    def settle(self) -> float:
-        """Wait until outbox and stream are empty, and then for quiet; the seconds to the former."""
-        began = time.monotonic()
-        while self.sql("SELECT count(*) FROM outbox") != [(0,)] or self.stream.xlen(STREAM):
-            if time.monotonic() > began + 120:
-                raise Failed("outbox or stream does not become empty")
-            time.sleep(0.05)
-        behind = time.monotonic() - began
-        while self._busy() > 0.2:  # PIN checks of a flood
-            pass
-        return behind
-
-    def _busy(self) -> float:
-        before = cpu_seconds(self.transaksi)
+    def idle(self) -> bool:
+        """Whether transaksi has nothing to do, such as the last PIN checks of a flood."""
+        before = self.cpu()["transaksi"]
         time.sleep(0.2)
-        return (cpu_seconds(self.transaksi) - before) / 0.2
-
-    def audit(self) -> None:
-        for query, url in ((AUDIT, self.postgres.url()), (PLAIN_AUDIT, self.plain_url)):
-            if (differing := self.sql(query, url=url)) != [(0,)]:
-                raise Failed(f"audit: {differing[0][0]} accounts differ")
+        return self.cpu()["transaksi"] - before < 0.05
 
     def cpu(self) -> dict[str, float]:
-        servers = (self.transaksi, self.mutasi, self.postgres, self.redis, self.noop, self.plain)
-        return {server.name: cpu_seconds(server) for server in servers}
+        """CPU seconds that each server has used so far."""
+        servers = (self.noop, self.plain, self.mutasi, self.transaksi, self.two, self.postgres, self.redis)
+        return {server.name: cpu_seconds(server) for server in servers if server.running}
+
+    def settle(self) -> float:
+        """Wait until the last movement is in the mutation book; the seconds it took."""
+        began = time.monotonic()
+        outbox = "SELECT count(*) FROM outbox"
+        wait(lambda: self.sql(outbox) == 0 == self.stream.xlen(STREAM), "outbox or stream")
+        return time.monotonic() - began
+
+    def cost(self, before: dict[str, float], count: int, own: Server) -> Figure:
+        """CPU microseconds a request since `before`."""
+        cpu = {f"{name} us": (now - before[name]) / count * 1e6 for name, now in self.cpu().items()}
+        return cpu | {"own us": cpu[f"{own.name} us"]}
+
+    def audit(self) -> None:
+        """Whatever is still under way gets the time to arrive; a difference stays one."""
+        wait(self.idle, "the load")
+        wait(lambda: self.sql(AUDIT) == 0, "audit: differences", 10)
+        wait(lambda: self.sql(PLAIN_AUDIT, self.plain_url) == 0, "audit: differences of the plain way", 1)
 
 
-def measure(bank: Bank, load: Load, seconds: float, **options: Any) -> Figure:
+def wait(done: Callable[[], bool], what: str, seconds: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            raise Failed(f"{what} still there after {seconds} s")
+        time.sleep(0.02)
+
+
+def measure(bank: Bank, load: Load, seconds: float, limit: int | None = None) -> Figure:
     """The figure of a load, once all it moved is in the mutation book and the audit is zero."""
-    bank.sql("CHECKPOINT")  # so that none comes by chance; every load pays for its own page images
+    bank.sql("CHECKPOINT")  # so that none comes by chance
     before = bank.cpu()
-    job = bank.fire(load, seconds, **options)
+    target = (load.server.port, load.requests, load.connections, seconds)
+    job = bank.generators.submit(fire, *target, limit=limit)
     if load.flood:
-        bank.fire(Load(load.server, load.flood), seconds).result()
+        bank.generators.submit(fire, load.server.port, load.flood, 64, seconds).result()
     shots = job.result()
-    behind = bank.settle()
-    spent = {name: now - before[name] for name, now in bank.cpu().items()}
     count = shots.statuses.total()
-    if set(shots.statuses) - {200, 400} or abs(shots.statuses[200] / count - load.accepted) > 0.01:
+    figure = {"a second": count / shots.seconds, "generator us": shots.cpu / count * 1e6} | shots.latency
+    figure |= {"behind s": bank.settle()} | bank.cost(before, count, load.server)
+    if set(shots.statuses) - {"200", "400"} or abs(shots.statuses["200"] / count - load.accepted) > 0.01:
         raise Failed(f"answers {dict(shots.statuses)}")
+    if limit and count < limit:
+        raise Failed(f"{count} of {limit} requests were sent")
     bank.audit()
-    cpu = {name: cost / count for name, cost in spent.items()}
-    cpu |= {"served": cpu[load.server.name], "generator": shots.cpu / count}
-    return Figure(count / shots.seconds, *percentiles(shots.latencies), cpu, behind)
+    return figure
 
 
 def end_to_end(bank: Bank, load: Load, seconds: float, rate: float) -> Figure:
     """From the client's 200 to the mutation row, for every deposit of a paced load.
 
-    The book is read every 3 ms, in transactions of their own, so a row counts when another session can see it.
-    A deposit is known by its account and balance; both clocks are the machine's monotonic one.
+    The book is read every 3 ms in a session of its own, so a row counts when others can see it. A deposit is
+    known by account and balance; both ends are timed by the machine's one monotonic clock.
     """
-    last = bank.sql("SELECT max(id) FROM transaksi")[0][0]
+    last = bank.sql("SELECT max(id) FROM transaksi")
     seen: dict[tuple[str, int], float] = {}
-    connection = psycopg2.connect(bank.postgres.url())
-    connection.autocommit = True
-    job = bank.fire(load, seconds, rate=rate)
-    with closing(connection), connection.cursor() as cursor:
+    job = bank.generators.submit(fire, load.server.port, load.requests, load.connections, seconds, rate)
+    with closing(psycopg2.connect(bank.postgres.url())) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
         ended = None
         while not ended or time.monotonic() < ended + 2:
-            cursor.execute(
-                "SELECT max(id), array_agg(ARRAY[t.no_rekening, saldo_akhir::text]) FROM mutasi m JOIN transaksi t"
-                " ON t.id = m.id_transaksi WHERE m.id_transaksi > %s",
-                (last,),
-            )
-            (newest, rows), now = cursor.fetchone() or (None, None), time.monotonic()
-            if newest:
-                last = newest
-                seen |= {(no_rekening, int(saldo)): now for no_rekening, saldo in rows}
+            cursor.execute(ARRIVED, (last,))
+            rows, now = cursor.fetchall(), time.monotonic()
+            last = max([last, *(row[0] for row in rows)])
+            seen |= {row[1:]: now for row in rows}
             ended = ended or (now if job.done() else None)
             time.sleep(0.003)
     bank.settle()
     bank.audit()
-    answers = [
-        (number, at, int(body[body.rindex(b":") + 1 : -1])) for number, at, body in job.result().answered
-    ]
-    keys = [(bank.accounts[number % len(bank.accounts)], saldo) for number, _, saldo in answers]
-    if missing := len(set(keys) - seen.keys()):
-        raise Failed(f"{missing} of {len(keys)} mutations were not seen in order")
-    late = [seen[key] - at for key, (_, at, _) in zip(keys, answers, strict=True)]
-    return Figure(len(keys) / seconds, *percentiles(late))
+    late = []
+    for number, answered, body in job.result().answered:
+        deposit = bank.accounts[number % len(bank.accounts)], int(body[body.rindex(b":") + 1 : -1])
+        if deposit not in seen:
+            raise Failed("a mutation was not seen to arrive in the order of ids")
+        late.append(seen[deposit] - answered)
+    return {"a second": len(late) / seconds} | percentiles(late)
 
 
 def drain(bank: Bank) -> Figure:
@@ -399,265 +401,271 @@ def drain(bank: Bank) -> Figure:
     bank.mutasi.stop()
     each = BACKLOG // len(bank.accounts)
     bank.sql(FILL, each=each, accounts=bank.accounts)
-    began = time.monotonic()
-    while bank.stream.xlen(STREAM) < each * len(bank.accounts):
-        if time.monotonic() > began + 120:
-            raise Failed("the backlog does not reach the stream")
-        time.sleep(0.01)
+    wait(lambda: bool(bank.stream.xlen(STREAM) >= each * len(bank.accounts)), "the outbox")
     bank.mutasi.start()
-    began = time.monotonic()
-    before = bank.cpu()
-    while left := bank.stream.xlen(STREAM):
-        if time.monotonic() > began + 120:
-            raise Failed(f"{left} entries are still in the stream")
-        time.sleep(0.01)
-    seconds = time.monotonic() - began
-    cpu = {name: (now - before[name]) / BACKLOG for name, now in bank.cpu().items()}
+    before, began = bank.cpu(), time.monotonic()
+    wait(lambda: bank.stream.xlen(STREAM) == 0, "the stream")
+    rate = BACKLOG / (time.monotonic() - began)
+    figure = {"a second": rate} | bank.cost(before, BACKLOG, bank.mutasi)
     bank.settle()
     bank.audit()
-    return Figure(BACKLOG / seconds, cpu=cpu | {"served": cpu["mutasi"]})
+    return figure
 
 
 def pgbench(bank: Bank, seconds: float) -> Figure:
     """The same movement as one statement, from PostgreSQL's own load generator."""
     script = bank.directory / "pgbench.sql"
     script.write_text(PGBENCH.format(first=bank.accounts[0], last=bank.accounts[-1]))
-    options = ("-n", "-M", "prepared", "-c", "16", "-j", "2", "-T", str(max(1, round(seconds))))
-    before = cpu_seconds(bank.postgres)
+    options = ("-n", "-M", "prepared", "-c", "16", "-j", "2", "-T", str(round(seconds)))
+    before = bank.cpu()
     output = subprocess.run(
         [bank.postgres.programs / "pgbench", *options, "-f", script, bank.plain_url],
         env=inherited_environment(),
-        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     ).stdout
-    done = re.search(r"actually processed: (\d+)", output)
-    tps = re.search(r"tps = ([\d.]+)", output)
-    if not (done and tps and "failed transactions: 0 " in output):
-        raise Failed(f"pgbench: {output[-200:]}")
-    cpu = (cpu_seconds(bank.postgres) - before) / int(done[1])
+    found = re.search(r"processed: (\d+)\n.*failed transactions: 0 (?s:.*)tps = ([\d.]+)", output)
+    if not found:
+        raise Failed(f"pgbench: {output}")
+    figure = {"a second": float(found[2])} | bank.cost(before, int(found[1]), bank.postgres)
     bank.audit()
-    return Figure(float(tps[1]), cpu={"served": cpu, "PostgreSQL": cpu})
+    return figure
 
 
 def bcrypts(seconds: float) -> Figure:
     """What all the cores together can hash."""
-    counts: list[int] = []
+    cores, end = os.cpu_count() or 1, time.monotonic() + seconds
 
-    def hash_on() -> None:
-        done, end = 0, time.monotonic() + seconds
+    def hash_on() -> int:
+        done = 0
         while time.monotonic() < end:
             done += bcrypt.checkpw(PIN.encode(), PIN_HASH.encode())
-        counts.append(done)
+        return done
 
-    threads = [threading.Thread(target=hash_on) for _ in range(os.cpu_count() or 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return Figure(sum(counts) / seconds)
+    with ThreadPoolExecutor(cores) as pool:
+        jobs = [pool.submit(hash_on) for _ in range(cores)]
+    return {"a second": sum(job.result() for job in jobs) / seconds}
 
 
 # ---------------------------------------------------------------- the run
 
+Figures = dict[str, list[Figure]]
+
 
 @dataclass(frozen=True)
 class Promise:
-    """A figure of DESIGN.md section 8: of one load, against the best of others in the same round."""
+    """What DESIGN.md section 8 promises of a load, against the best of others where there are any."""
 
     name: str
     load: str
     against: tuple[str, ...]
     must: float
     goal: float | None = None
-    get: Callable[[Figure], float] = attrgetter("rate")
+    column: str = "a second"
     at_most: bool = False
 
+    def rounds(self, figures: Figures) -> list[float]:
+        """What each round gave; nothing where a load was not measured."""
+        loads = [figures.get(name, []) for name in (self.load, *self.against)]
+        return [
+            mine[self.column] / max((other[self.column] for other in others), default=1)
+            for mine, *others in zip(*loads, strict=False)  # shortest: a load that was left out
+        ]
+
     def verdict(self, got: float) -> str:
-        def holds(limit: float | None) -> bool:
-            return limit is not None and (got <= limit if self.at_most else got >= limit)
+        sign = -1 if self.at_most else 1
+        if self.goal is not None and sign * got >= sign * self.goal:
+            return "goal"
+        return "reached" if sign * got >= sign * self.must else "SHORT"
 
-        return "goal" if holds(self.goal) else "reached" if holds(self.must) else "SHORT"
 
-
+MOVEMENTS = (100_000, 1_000_000)
+AFTER = [f"after {count:,}" for count in MOVEMENTS]
 PROMISES = (
     Promise("tabung / no-op", "tabung, 64", ("no-op, 64",), 0.45, 0.7),
-    Promise("the same by CPU", "no-op, 64", ("tabung, 64",), 0.45, 0.7, lambda f: f.cpu["served"]),
+    Promise("the same by CPU, no-op / tabung", "no-op, 64", ("tabung, 64",), 0.45, 0.7, "own us"),
     Promise("hot account / 1,000 accounts", "hot account, 64", ("tabung, 64",), 0.9, 1.0),
     Promise("tabung / plain", "tabung, 64", ("plain, 64",), 2.5, 4),
     Promise(
-        "p50 at 1 connection, tabung / plain",
-        "tabung, 1",
-        ("plain, 1",),
-        1.3,
-        None,
-        attrgetter("p50"),
-        at_most=True,
+        "tabung / plain, p50 of one connection", "tabung, 1", ("plain, 1",), 1.3, None, "p50 ms", at_most=True
     ),
     Promise("beside a flood / without", "beside a flood, 64", ("tabung, 64",), 0.5),
     Promise("drain / produce", "drain", ("tabung, 64", "tabung, 256"), 3, 10),
-    Promise("end to end, p99 in s", "end to end", (), 0.1, 0.025, attrgetter("p99"), at_most=True),
+    Promise("200 to mutation row, p99 ms", "end to end", (), 100, 25, "p99 ms", at_most=True),
+    *(
+        Promise(f"memory of {s}", f"{s} {AFTER[1]}", (f"{s} {AFTER[0]}",), 1.1, 1.05, "MiB", at_most=True)
+        for s in ("transaksi", "mutasi")
+    ),
 )
 
 
 class Run:
     """The candidates, and what was measured of them."""
 
-    def __init__(self, bank: Bank, seconds: float) -> None:
+    def __init__(self, bank: Bank, seconds: int) -> None:
         self.bank = bank
-        self.figures: dict[str, list[Figure]] = defaultdict(list)
+        self.figures: Figures = defaultdict(list)
         self.failed: dict[str, str] = {}
-        tabung = [post("/tabung", no_rekening, 1000) for no_rekening in bank.accounts]
+        self.tabung = [post("/tabung", no_rekening, 1000) for no_rekening in bank.accounts]
         tarik = [post("/tarik", no_rekening, 1000) for no_rekening in bank.accounts]
-        refused = [post("/tarik", no_rekening, MAX_NOMINAL) for no_rekening in bank.accounts]
-        mixed = 10 * tabung + 9 * tarik + refused
+        too_much = [post("/tarik", no_rekening, MAX_NOMINAL) for no_rekening in bank.accounts]
         chance = random.Random(1)
+        mixed = 10 * self.tabung + 9 * tarik + too_much
         chance.shuffle(mixed)
-        strangers = [str(FIRST + chance.randrange(2 * len(tabung))) for _ in range(5000)]
+        strangers = [str(FIRST + chance.randrange(2 * len(self.tabung))) for _ in range(5000)]
         guesses = [post("/tabung", one, 1, f"{chance.randrange(10**6):06}") for one in strangers]
-        self.cold = Load(bank.transaksi, tabung, 8)
+        transaksi = partial(Load, bank.transaksi)
         loads = {
-            "no-op, 64": Load(bank.noop, tabung),
-            "plain, 1": Load(bank.plain, tabung, 1),
-            "plain, 64": Load(bank.plain, tabung),
-            "tabung, 1": Load(bank.transaksi, tabung, 1),
-            "tabung, 16": Load(bank.transaksi, tabung, 16),
-            "tabung, 64": Load(bank.transaksi, tabung),
-            "tabung, 256": Load(bank.transaksi, tabung, 256),
-            "hot account, 64": Load(bank.transaksi, tabung[:1]),
-            "mixed, 64": Load(bank.transaksi, mixed, accepted=0.95),
-            "beside a flood, 64": Load(bank.transaksi, tabung, flood=guesses),
+            "no-op, 64": Load(bank.noop, self.tabung),
+            "tabung, 64": transaksi(self.tabung),
+            "hot account, 64": transaksi(self.tabung[:1]),
+            "plain, 64": Load(bank.plain, self.tabung),
+            "beside a flood, 64": transaksi(self.tabung, flood=guesses),
+            "mixed, 64": transaksi(mixed, accepted=0.95),
+            "plain, 1": Load(bank.plain, self.tabung, 1),
+            "tabung, 1": transaksi(self.tabung, 1),
+            "tabung, 16": transaksi(self.tabung, 16),
+            "tabung, 256": transaksi(self.tabung, 256),
         }
         self.candidates: dict[str, Callable[[], Figure]] = {
             name: partial(measure, bank, load, seconds) for name, load in loads.items()
         }
         self.candidates["pgbench, 16"] = partial(pgbench, bank, seconds)
-        self.candidates["end to end"] = lambda: end_to_end(
-            bank, loads["tabung, 64"], seconds, self.rate("tabung, 64") / 2
-        )
+        self.candidates["end to end"] = lambda: end_to_end(bank, loads["tabung, 64"], seconds, self.half())
         self.candidates["drain"] = partial(drain, bank)
 
+    @property
+    def measured(self) -> Figures:
+        return {name: got for name, got in self.figures.items() if got and name not in self.failed}
+
+    def half(self) -> float:
+        """Half of the load that 64 connections make."""
+        rates = [figure["a second"] for figure in self.figures["tabung, 64"]]
+        return median(rates) / 2 if rates else 500
+
     def attempt(self, name: str, candidate: Callable[[], Figure]) -> None:
-        figures, result = self.figures[name], "failed"
         try:
-            figures.append(candidate())
-            result = f"{figures[-1].rate:.0f} a second"
+            self.figures[name].append(figure := candidate())
+            result = f"{figure['a second']:.0f}"
         except (Failed, OSError) as error:
             self.failed[name] = result = f"{type(error).__name__}: {error}"
         print(f"{name}: {result}", file=sys.stderr)
 
-    def rate(self, name: str) -> float:
-        if not self.figures[name]:
-            raise Failed(f"needs {name}")
-        return median(figure.rate for figure in self.figures[name])
+    def get_known(self, server: Server) -> Figure:
+        """The first request of every customer: from then on he is remembered."""
+        return measure(self.bank, Load(server, self.tabung, 8), math.inf, limit=len(self.tabung))
 
     def rounds(self, count: int, only: Sequence[str]) -> None:
         """Get to know the customers, then let the candidates take turns."""
         self.attempt("bcrypt, all cores", partial(bcrypts, 2))
-        known = partial(measure, self.bank, self.cold, 300, limit=len(self.cold.requests))
-        self.attempt("cold PIN, 8", known)
+        self.attempt("cold PIN, 8", partial(self.get_known, self.bank.transaksi))
         for _ in range(count):
             for name, candidate in self.candidates.items():
                 if name.startswith(tuple(only)):
                     self.attempt(name, candidate)
 
-    def ratios(self, promise: Promise) -> list[float]:
-        """What each round gave; nothing where one of the loads failed."""
-        names = (promise.load, *promise.against)
-        if self.failed.keys() & set(names):
-            return []
-        columns = zip(*(map(promise.get, self.figures[name]) for name in names), strict=True)
-        return [mine / max(others, default=1) for mine, *others in columns]
+    def long(self, seconds: int) -> None:
+        """Memory of fresh processes as movements go by, then two workers."""
+        bank = self.bank
+        bank.sql("UPDATE kredensial SET pin_gagal = 0, terkunci_sampai = NULL")  # the flood's
+        for service in (bank.mutasi, bank.transaksi):
+            service.stop()
+            service.start()
+        self.get_known(bank.transaksi)
+        began, load = bank.sql("SELECT count(*) FROM transaksi"), Load(bank.transaksi, self.tabung)
+        for name, count in zip(AFTER, MOVEMENTS, strict=True):
+            left = count + began - bank.sql("SELECT count(*) FROM transaksi")
+            self.attempt(f"tabung, 64, {name}", partial(measure, bank, load, math.inf, limit=left))
+            for service in (bank.transaksi, bank.mutasi):
+                self.figures[f"{service.name} {name}"].append({"MiB": rss_mib(service)})
+            stream = bank.stream.memory_usage(STREAM) or 0
+            self.figures[f"stream {name}"].append({"MiB": stream / 2**20})
+        bank.transaksi.stop()
+        bank.start(bank.two)
+        two = partial(Load, bank.two, self.tabung)
+        self.attempt(
+            "2 workers, cold", partial(measure, bank, two(16), math.inf, limit=20 * len(self.tabung))
+        )
+        self.attempt("2 workers, 64", partial(measure, bank, two(), seconds))
 
 
 def environment(bank: Bank) -> dict[str, str]:
     """The machine, the versions and the settings behind the figures."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    disk = ["df", "--output=fstype", str(bank.postgres.directory)]
-    packages = (
-        "fastapi",
-        "uvicorn",
-        "uvloop",
-        "httptools",
-        "pydantic",
-        "sqlalchemy",
-        "psycopg2-binary",
-        "redis",
-    )
-    names = ("server_version", "fsync", "synchronous_commit", "full_page_writes", "wal_sync_method")
-    server = bank.stream.info("server")
+    df = ["df", "--output=fstype", str(bank.postgres.directory)]
+    disk = subprocess.run(df, capture_output=True, text=True, check=True).stdout.split()[-1]
+    system = f"{platform.system()} {platform.release()}, {disk}"
+    packages = ("fastapi", "uvicorn", "uvloop", "pydantic", "sqlalchemy", "psycopg2-binary", "redis")
+    durable = ("server_version", "fsync", "synchronous_commit", "full_page_writes", "wal_sync_method")
+    fsync = bank.stream.config_get("appendfsync")["appendfsync"]
     return {
-        "machine": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, "
-        f"{platform.system()} {platform.release()}, "
-        + subprocess.run(disk, capture_output=True, text=True, check=True).stdout.split()[-1],
-        "versions": f"Python {platform.python_version()}, "
-        + ", ".join(f"{package} {version(package)}" for package in packages),
-        "PostgreSQL": ", ".join(f"{name} {bank.sql(f'SHOW {name}')[0][0]}" for name in names),
-        "Redis": f"{server.get('valkey_version') or server['redis_version']}, "
-        + ", ".join(f"{k} {v}" for k, v in bank.stream.config_get("append*").items() if k in REDIS_SETTINGS),
+        "machine": f"{cpu[1] if cpu else ''}, {os.cpu_count()} cores, {memory:.0f} GiB, {system}",
+        "versions": ", ".join(
+            [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
+        ),
+        "PostgreSQL": ", ".join(f"{name} {bank.sql(f'SHOW {name}')}" for name in durable),
+        "Redis": f"{bank.stream.info('server')['redis_version']}, appendfsync {fsync}",
+        "load": f"{len(bank.accounts)} accounts; one worker of transaksi, one mutasi",
     }
 
 
-def middle(values: Iterable[float | None], scale: float, digits: int = 0) -> str:
-    known = [value for value in values if value is not None]
-    return f"{scale * median(known):.{digits}f}" if known else "-"
+def shown(value: float) -> str:
+    """Three digits that matter."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        yield "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
 
 
 def report(run: Run) -> Iterator[str]:
-    """The tables."""
-    costs = ("served", "PostgreSQL", "Redis", "mutasi", "generator")
-    yield f"{'':20}{'':>9}{'ms':>8}{'ms':>9}{'CPU us a request: the server itself, and the others':>55}{'s':>8}"
-    yield (
-        f"{'load, connections':20}{'a second':>9}{'p50':>8}{'p99':>9}"
-        + "".join(f"{c:>11}" for c in costs)
-        + f"{'behind':>8}"
-    )
-    for name in run.figures:
-        if name in run.failed:
-            yield f"{name:20} {run.failed[name]}"
-            continue
-        f = run.figures[name]
-        yield (
-            f"{name:20}{middle((x.rate for x in f), 1):>9}"
-            f"{middle((x.p50 for x in f), 1e3, 2):>8}{middle((x.p99 for x in f), 1e3, 1):>9}"
-            + "".join(f"{middle((x.cpu.get(c) for x in f), 1e6):>11}" for c in costs)
-            + f"{middle((x.behind for x in f), 1, 1):>8}"
-        )
-    yield ""
-    yield f"{'promise':40}{'measured':>9}{'rounds':>16}{'must':>8}{'goal':>8}"
+    """The tables, and what failed."""
+
+    figures = run.measured
+
+    def cell(name: str, column: str) -> str:
+        known = [figure[column] for figure in figures[name] if column in figure]
+        return shown(median(known)) if known else ""
+
+    loads = [[name, *(cell(name, column) for column in COLUMNS)] for name in figures]
+    yield from aligned([["load, connections", *COLUMNS], *loads])
+    yield from (f"{name}: {why}" for name, why in run.failed.items())
+    promises = [["", "measured", "least", "most", "must", "goal", ""]]
     for p in PROMISES:
-        if got := run.ratios(p):
-            sign = "<=" if p.at_most else ""
-            yield (
-                f"{p.name:40}{median(got):>9.2f}{f'{min(got):.2f} - {max(got):.2f}':>16}"
-                f"{f'{sign}{p.must}':>8}{f'{sign}{p.goal}':>8}  {p.verdict(median(got))}"
-            )
+        if got := p.rounds(figures):
+            spread = map(shown, (median(got), min(got), max(got)))
+            limits = [f"{'<= ' if p.at_most else ''}{p.must}", f"{p.goal or ''}"]
+            promises.append([p.name, *spread, *limits, p.verdict(median(got))])
+    yield from ("", *aligned(promises))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dev.bench", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3, help="of each load (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=2, help="of each load (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--accounts", type=int, default=1000, help="(default: %(default)s)")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="LOAD", help="loads that begin so")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to a file too")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="LOAD", help="loads whose names begin so")
+    parser.add_argument("--long", action="store_true", help="memory after 1,000,000 movements, 2 workers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there too")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     with ExitStack() as stack:
         bank = Bank(stack, options.accounts)
         bank.open()
-        facts = environment(bank)
-        run = Run(bank, options.seconds)
+        facts, run = environment(bank), Run(bank, options.seconds)
         run.rounds(options.rounds, options.only)
+        if options.long:
+            run.long(options.seconds)
     print(*(f"{name}: {fact}" for name, fact in facts.items()), "", *report(run), sep="\n")
     if options.json:
-        loads = {name: [asdict(f) for f in figures] for name, figures in run.figures.items()}
-        promises = {p.name: {"rounds": run.ratios(p), "must": p.must, "goal": p.goal} for p in PROMISES}
-        content = {"environment": facts, "loads": loads, "failed": run.failed, "promises": promises}
-        options.json.write_text(json.dumps(content, indent=1))
+        ratios = {p.name: p.rounds(run.measured) for p in PROMISES}
+        everything = {"environment": facts, "loads": run.measured, "failed": run.failed, "ratios": ratios}
+        options.json.write_text(json.dumps(everything, indent=1))
     return 1 if run.failed else 0
 
 

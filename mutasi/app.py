@@ -10,7 +10,8 @@ from sqlalchemy.exc import DBAPIError
 
 from mutasi import datastore
 from mutasi.datastore import Entry, Pesan, Stream
-from settings import batch_span, business, describe, messaging, sqlstate, trace_of
+from settings import STREAM, describe, sqlstate
+from telemetry import batch_span, business, messaging, trace_of
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)
@@ -67,7 +68,7 @@ def _report(p: Pesan, started: int) -> None:
         "process mutasi",
         context=trace_of(p.traceparent),
         kind=trace.SpanKind.CONSUMER,
-        attributes=messaging("process") | business(p),
+        attributes=messaging("process", STREAM) | business(p),
         start_time=started,
     )
     with trace.use_span(span, end_on_exit=True):

@@ -110,7 +110,7 @@ class Stream:
     def set_aside(self, entry: Entry, reason: str) -> None:
         """Move an entry to the dead letters, with the reason: both or neither."""
         with self._redis.pipeline(transaction=True) as pipe:
-            letter: dict[Any, Any] = {b"reason": reason, b"entry": entry.id} | entry.fields
+            letter: dict[Any, Any] = entry.fields | {b"reason": reason, b"entry": entry.id}
             pipe.xadd(DEAD_LETTER, letter, maxlen=MAX_DEAD_LETTERS)
             pipe.xdel(STREAM, entry.id)
             pipe.execute()

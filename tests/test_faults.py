@@ -265,7 +265,7 @@ def test_sigterm_lets_those_who_wait_have_their_answers_and_nobody_else_in(
 
 
 def turned_away(transaksi: Service) -> bool:
-    """Whether a new connection is served no more: refused, or (the supervisor of several has it) left waiting."""
+    """Whether a new connection is served no more: refused, or left waiting by the supervisor of several."""
     try:
         httpx.get(f"{transaksi.url}/openapi.json", timeout=0.5)
     except httpx.TransportError:
@@ -359,7 +359,8 @@ def test_postgresql_restarted_under_load(
     assert httpx.get(f"{transaksi.url}/health").status_code == 200
     repeating_is_exact(database, transaksi.url, load.sent)
     database.audit()
-    assert len(said(transaksi, "PostgreSQL is away")) == len(said(transaksi, "PostgreSQL is back")) == 3
+    eventually(lambda: len(said(transaksi, "PostgreSQL is back")) == 3)
+    assert len(said(transaksi, "PostgreSQL is away")) == 3
     assert transaksi.running
     assert mutasi.running
 
@@ -402,7 +403,8 @@ def test_redis_away_fails_no_movement(
     assert statuses(load.sent) == {200}
     database.audit()
     for service, server in ((transaksi, "the way to the stream"), (mutasi, "PostgreSQL or Redis")):
-        assert [line["level"] for line in said(service, f"{server} is (away|back)")] == ["ERROR", "INFO"]
+        lines = eventually(lambda: said(service, f"{server} is back") and said(service, f"{server} is .*"))  # noqa: B023
+        assert [line["level"] for line in lines] == ["ERROR", "INFO"]
 
 
 def test_redis_full_is_redis_away(database: Database, stream: Any, start: Start, accounts: list[str]) -> None:
@@ -417,7 +419,7 @@ def test_redis_full_is_redis_away(database: Database, stream: Any, start: Start,
     assert statuses(load.sent) == {200}
     # What the stream has is stored and makes room, although the bad one cannot be set aside.
     eventually(lambda: [entry for entry, _ in stream.xrange("mutasi")] == [bad])
-    assert said(transaksi, "the way to the stream is away")
+    eventually(lambda: said(transaksi, "the way to the stream is away"))
     assert unbooked(database) > 0
     stream.config_set("maxmemory", 0)
     database.audit()
@@ -514,24 +516,33 @@ def test_what_was_stored_but_not_deleted_comes_again_and_is_known(
     stream.acl_setuser("default", enabled=True, commands=["+xdel"])
     mutasi.start()
     eventually(lambda: stream.xlen("mutasi") == 0)
-    assert said(mutasi, "messages came again")
+    eventually(lambda: said(mutasi, "messages came again"))
     assert stream.xlen(DEAD_LETTER) == 0
     database.audit()
+
+
+def late_is_not_lost(database: Database, stream: Any) -> None:
+    """After twice a reconcile's time of 2 s each movement not booked is still in outbox or stream, once."""
+    eventually(lambda: stream.xlen("mutasi") > 0)
+    time.sleep(4)
+    ((in_outbox,),) = database("SELECT count(*) FROM outbox")
+    assert in_outbox + stream.xlen("mutasi") == unbooked(database)
 
 
 def test_while_mutasi_is_away_the_backlog_waits_in_postgresql(
     database: Database, stream: Any, start: Start, accounts: list[str]
 ) -> None:
     transaksi = start("transaksi", "--max-stream", "100", "--reconcile-after", "2")
+    send([movement(accounts[0]) for _ in range(10)], transaksi.url)
+    late_is_not_lost(database, stream)
     with Load(mixed(accounts), transaksi.url) as load:
         eventually(lambda: said(transaksi, "backlog growing: .*"))
         length = stream.xlen("mutasi")
         under_way(load, 1000)
     assert statuses(load.sent) == {200}
     assert 100 <= length < 100 + 1000  # the limit and a batch of the relay
-    time.sleep(4)  # twice the reconcile's time: what is merely late is not sent again
     assert stream.xlen("mutasi") == length
-    assert database("SELECT count(*) FROM outbox") == [(unbooked(database) - length,)]
+    late_is_not_lost(database, stream)
     start("mutasi")
     database.audit()
 
@@ -621,7 +632,7 @@ def test_poison_is_set_aside_and_the_good_messages_around_it_arrive(
             and (letter.items() >= fields.items() or b"reason" in fields)
             for letter in letters
         ), reason
-    assert len(said(mutasi, "message set aside as dead letter")) == len(bad)
+    eventually(lambda: len(said(mutasi, "message set aside as dead letter")) == len(bad))
 
 
 @pytest.mark.parametrize(
@@ -645,7 +656,7 @@ def test_what_an_operator_can_mend_is_no_poison(
     send([movement(account) for _ in range(10)], transaksi.url)
     log = database.server.log
     eventually(lambda: len(re.findall(r"ERROR:  .*(permission denied|does not exist)", log.read_text())) >= 4)
-    (outage,) = said(mutasi, "PostgreSQL or Redis is away")
+    (outage,) = eventually(lambda: said(mutasi, "PostgreSQL or Redis is away"))
     assert (outage["level"], outage["sqlstate"]) == ("ERROR", sqlstate)
     assert stream.xlen(DEAD_LETTER) == 0
     database(mend_it)

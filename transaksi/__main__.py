@@ -5,6 +5,7 @@ import signal
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from settings import Parser, Settings, open_postgres, open_redis, wait_for, whole
@@ -14,6 +15,28 @@ from transaksi.relay import Relay
 from transaksi.teller import Teller
 
 log = logging.getLogger("transaksi")
+
+MAX_HEAD = 65_536
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """uvicorn's HTTP with a bound on a request's head, which it lacks: anyone could fill the memory."""
+
+    _unread = 0  # bytes since the last head or piece of a payload was whole
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += len(data)
+        super().data_received(data)
+        if self._unread > MAX_HEAD and not self.transport.is_closing():
+            self.send_400_response("Request head too large.")
+
+    def on_headers_complete(self) -> None:
+        self._unread = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        super().on_body(body)
 
 
 class TransaksiSettings(Settings):
@@ -93,6 +116,7 @@ def main() -> None:
         workers=settings.workers,
         log_config=None,
         access_log=False,  # our own lines say more
+        http="transaksi.__main__:BoundedHttp",
         ws="none",
         server_header=False,
         proxy_headers=False,

@@ -25,7 +25,8 @@ from cachetools import TTLCache
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from settings import describe, masked
+from settings import describe
+from telemetry import masked
 from transaksi import datastore
 from transaksi.teller import Unavailable
 
@@ -74,9 +75,19 @@ class PinCheck:
         self._remembered: TTLCache[bytes, str] = TTLCache(MAX_REMEMBERED, ttl)
         self._running: dict[bytes, asyncio.Task[str]] = {}
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._jobs: queue.SimpleQueue[tuple[asyncio.Future[str], str, bytes]] = queue.SimpleQueue()
-        for _ in range(THREADS):
-            threading.Thread(target=self._work, name="pin", daemon=True).start()
+        self._jobs: queue.SimpleQueue[tuple[asyncio.Future[str], str, bytes] | None] = queue.SimpleQueue()
+        self._stopping = False
+        self._threads = [threading.Thread(target=self._work, name="pin", daemon=True) for _ in range(THREADS)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the threads: one that the end of the process finds within bcrypt would abort it."""
+        self._stopping = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(timeout=2)
 
     async def check(self, no_rekening: str, pin: bytes, arrived: float, deadline: float) -> None:
         """Return if the PIN is the account's. Times are of time.monotonic(), in seconds.
@@ -117,15 +128,22 @@ class PinCheck:
         return verdict
 
     def _work(self) -> None:
-        while True:
-            future, no_rekening, pin = self._jobs.get()
-            try:
-                verdict = self._verdict(no_rekening, pin)
-            except DBAPIError as error:
-                log.error("PIN not checked", extra=describe(error) | {"no_rekening": masked(no_rekening)})
-                verdict = UNAVAILABLE
-            with suppress(RuntimeError):  # the event loop has ended
-                future.get_loop().call_soon_threadsafe(_settle, future, verdict)
+        while self._answer(self._jobs.get()):  # in no variable here, which would keep the PIN until the next
+            pass
+
+    def _answer(self, job: "tuple[asyncio.Future[str], str, bytes] | None") -> bool:
+        """Do a job; False at the end."""
+        if job is None or self._stopping:
+            return False
+        future, no_rekening, pin = job
+        try:
+            verdict = self._verdict(no_rekening, pin)
+        except DBAPIError as error:
+            log.error("PIN not checked", extra=describe(error) | {"no_rekening": masked(no_rekening)})
+            verdict = UNAVAILABLE
+        with suppress(RuntimeError):  # the event loop has ended
+            future.get_loop().call_soon_threadsafe(_settle, future, verdict)
+        return True
 
     def _verdict(self, no_rekening: str, pin: bytes) -> str:
         """Every cause of a refusal costs one bcrypt; the lock as it is afterwards decides."""

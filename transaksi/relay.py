@@ -17,7 +17,8 @@ from redis.exceptions import RedisError
 from sqlalchemy import Engine, Row
 from sqlalchemy.exc import DBAPIError
 
-from settings import STREAM, Outage, business, messaging, trace_of, traceparent
+from settings import STREAM, Outage
+from telemetry import business, messaging, trace_of, traceparent
 from transaksi import datastore
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def _message(row: Row[Any], spans: ExitStack) -> dict[Any, Any]:
             "send mutasi",
             context=trace_of(row.traceparent),
             kind=trace.SpanKind.PRODUCER,
-            attributes=messaging("send") | business(row),
+            attributes=messaging("send", STREAM) | business(row),
         )
         spans.callback(span.end)
         with trace.use_span(span):

@@ -17,7 +17,8 @@ from opentelemetry import trace
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from settings import Outage, batch_span, describe, sqlstate
+from settings import Outage, describe, sqlstate
+from telemetry import batch_span
 from transaksi import datastore
 from transaksi.app import Gerakan, Hasil, Perintah, Ulangan, decide
 
