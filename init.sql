@@ -49,7 +49,7 @@ CREATE UNIQUE INDEX transaksi_idempotency_key ON transaksi (no_rekening, idempot
 CREATE TABLE outbox (
     id_transaksi bigint PRIMARY KEY REFERENCES transaksi,
     traceparent  text  -- W3C Trace Context of the request, so that its trace goes on in the stream
-) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);  -- always small, always churning
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- always small, always churning
 
 -- The mutation book, written by service mutasi alone (but for the opening deposits below). The primary key
 -- makes a repeated message harmless; the composite reference keeps it from naming another account than the journal.

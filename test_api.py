@@ -86,9 +86,7 @@ def test_tarik_lebih_dari_saldo(budi: Nasabah) -> None:
 
 
 @pytest.mark.parametrize("jenis", ["tabung", "tarik"])
-def test_the_movement_is_in_mutasi_with_all_four_fields(
-    budi: Nasabah, database: Database, jenis: str
-) -> None:
+def test_the_movement_is_in_mutasi_with_all_four_fields(budi: Nasabah, database: Database, jenis: str) -> None:
     ((before,),) = database("SELECT clock_timestamp()")
     assert budi.post(f"/{jenis}", 25_000).status_code == 200
     tanggal_transaksi, *fields = last_mutasi(database, budi)
@@ -122,9 +120,7 @@ def test_the_account_of_another_customer_is_as_unknown_as_one_that_does_not_exis
     assert saldo(siti) == before
 
 
-def test_who_cannot_prove_his_account_is_told_nothing_but_that(
-    url: str, nasabah: Callable[..., Nasabah]
-) -> None:
+def test_who_cannot_prove_his_account_is_told_nothing_but_that(url: str, nasabah: Callable[..., Nasabah]) -> None:
     payload = {"no_rekening": "3456789012", "nominal": 1}
     answers = [
         httpx.post(f"{url}/tabung", json=payload),

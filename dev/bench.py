@@ -487,9 +487,7 @@ PROMISES = (
     Promise("the same by CPU, no-op / tabung", "no-op, 64", ("tabung, 64",), 0.45, 0.7, "own us"),
     Promise("hot account / 1,000 accounts", "hot account, 64", ("tabung, 64",), 0.9, 1.0),
     Promise("tabung / plain", "tabung, 64", ("plain, 64",), 2.5, 4),
-    Promise(
-        "tabung / plain, p50 of one connection", "tabung, 1", ("plain, 1",), 1.3, None, "p50 ms", at_most=True
-    ),
+    Promise("tabung / plain, p50 of one connection", "tabung, 1", ("plain, 1",), 1.3, None, "p50 ms", at_most=True),
     Promise("beside a flood / without", "beside a flood, 64", ("tabung, 64",), 0.5),
     Promise("drain / produce", "drain", ("tabung, 64", "tabung, 256"), 3, 10),
     Promise("200 to mutation row, p99 ms", "end to end", (), 100, 25, "p99 ms", at_most=True),
@@ -584,9 +582,8 @@ class Run:
         bank.transaksi.stop()
         bank.start(bank.two)
         two = partial(Load, bank.two, self.tabung)
-        self.attempt(
-            "2 workers, cold", partial(measure, bank, two(16), math.inf, limit=20 * len(self.tabung))
-        )
+        for _ in range(10):  # each time on new connections, since each worker has to get to know everyone
+            self.attempt("2 workers, cold", partial(measure, bank, two(32), math.inf, 2 * len(self.tabung)))
         self.attempt("2 workers, 64", partial(measure, bank, two(), seconds))
 
 
@@ -602,9 +599,7 @@ def environment(bank: Bank) -> dict[str, str]:
     fsync = bank.stream.config_get("appendfsync")["appendfsync"]
     return {
         "machine": f"{cpu[1] if cpu else ''}, {os.cpu_count()} cores, {memory:.0f} GiB, {system}",
-        "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
-        ),
+        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
         "PostgreSQL": ", ".join(f"{name} {bank.sql(f'SHOW {name}')}" for name in durable),
         "Redis": f"{bank.stream.info('server')['redis_version']}, appendfsync {fsync}",
         "load": f"{len(bank.accounts)} accounts; one worker of transaksi, one mutasi",

@@ -244,6 +244,7 @@ class Postgres(Server):
             "unix_socket_directories": "",
             "timezone": "UTC",
             "log_timezone": "UTC",
+            "autovacuum_naptime": "10s",  # as in docker-compose.yml
         }
         options = [f"--{name}={value}" for name, value in settings.items()]
         return [programs / "postgres", "-D", self._data, *options]
@@ -386,6 +387,7 @@ class Service(Server):
             "DB_USER": name,
             "DB_PASSWORD": postgres.passwords[name],
             "REDIS_PASSWORD": redis.password,
+            "TMPDIR": str(self.directory),  # for the sign of life of mutasi
             **(environment or {}),
         }
         options = ["--db-host", HOST, "--db-port", str(postgres.port)]

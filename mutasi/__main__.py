@@ -8,7 +8,7 @@ from threading import Event
 
 from mutasi.api import consume
 from mutasi.datastore import Stream
-from settings import Parser, Settings, open_postgres, open_redis, wait_for, whole
+from settings import Parser, Settings, open_postgres, open_redis, spare_gc, wait_for, whole
 
 log = logging.getLogger("mutasi")
 
@@ -37,6 +37,7 @@ def main() -> None:
     stopping = Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: stopping.set())
+    spare_gc()
     log.info("started")
     consume(engine, Stream(redis), settings.batch_size, stopping, ALIVE)
     log.info("stopped")

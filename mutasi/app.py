@@ -46,9 +46,7 @@ def store(engine: Engine, stream: Stream, pesan: Sequence[Pesan]) -> None:
     for p in pesan:
         if p.id_transaksi in new:
             _report(p, started)
-    log.debug(
-        "batch stored", extra={"jumlah": len(new), "duration_ms": (time.time_ns() - started) // 1_000_000}
-    )
+    log.debug("batch stored", extra={"jumlah": len(new), "duration_ms": (time.time_ns() - started) // 1_000_000})
     if len(new) < len(pesan):
         log.warning("messages came again", extra={"jumlah": len(pesan) - len(new)})
 

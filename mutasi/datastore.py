@@ -54,9 +54,7 @@ class Mutasi(Base):
     tanggal_transaksi: Mapped[datetime] = mapped_column(TIMESTAMP(timezone=True))
     jenis_transaksi: Mapped[Jenis] = mapped_column(ENUM("tabung", "tarik", name="jenis_transaksi"))
     nominal: Mapped[int] = mapped_column(BigInteger)
-    dicatat_pada: Mapped[datetime] = mapped_column(
-        TIMESTAMP(timezone=True), server_default=func.clock_timestamp()
-    )
+    dicatat_pada: Mapped[datetime] = mapped_column(TIMESTAMP(timezone=True), server_default=func.clock_timestamp())
 
 
 _COLUMNS: dict[str, TypeEngine[Any]] = {
@@ -75,9 +73,7 @@ _INSERT = (
     insert(Mutasi)
     .from_select(
         list(_COLUMNS),
-        select(*_rows.c).order_by(
-            _rows.c.id_transaksi
-        ),  # in one order always: two consumers must not deadlock
+        select(*_rows.c).order_by(_rows.c.id_transaksi),  # in one order always: two consumers must not deadlock
     )
     .on_conflict_do_nothing(index_elements=[Mutasi.id_transaksi])
     .returning(Mutasi.id_transaksi)

@@ -335,7 +335,5 @@ def test_the_documentation_tells_the_truth(openapi: dict[str, Any], path: str) -
 def test_the_documentation_knows_how_to_authorize(openapi: dict[str, Any]) -> None:
     ((name, scheme),) = openapi["components"]["securitySchemes"].items()
     assert scheme == {"type": "http", "scheme": "basic"}
-    secured = {
-        path: next(iter(methods.values())).get("security") for path, methods in openapi["paths"].items()
-    }
+    secured = {path: next(iter(methods.values())).get("security") for path, methods in openapi["paths"].items()}
     assert secured == {"/tabung": [{name: []}], "/tarik": [{name: []}], "/health": None}

@@ -134,9 +134,7 @@ def test_host_is_the_address_it_listens_on(servers: Servers) -> None:
 
 def test_a_port_that_is_taken_is_one_clear_line(servers: Servers) -> None:
     first = servers.service("transaksi")
-    second = Unawaited(
-        "transaksi", servers.postgres, servers.redis, directory=servers.directory, port=first.port
-    )
+    second = Unawaited("transaksi", servers.postgres, servers.redis, directory=servers.directory, port=first.port)
     with running(first):
         second.start()
         eventually(lambda: not second.running)
@@ -153,12 +151,8 @@ def test_workers_are_so_many_processes(servers: Servers) -> None:
         assert len(pids) == 3
 
 
-def test_a_right_pin_is_remembered_for_auth_cache_ttl(
-    servers: Servers, nasabah: Callable[..., Nasabah]
-) -> None:
-    a_while, a_second, never = (
-        servers.service("transaksi", "--auth-cache-ttl", ttl) for ttl in ("3600", "1", "0")
-    )
+def test_a_right_pin_is_remembered_for_auth_cache_ttl(servers: Servers, nasabah: Callable[..., Nasabah]) -> None:
+    a_while, a_second, never = (servers.service("transaksi", "--auth-cache-ttl", ttl) for ttl in ("3600", "1", "0"))
     other = "(SELECT pin_hash FROM kredensial WHERE no_rekening = '2345678901')"
     with running(a_while, a_second, never):
         ani = {s: nasabah(s.url, servers.database.open_account()) for s in (a_while, a_second, never)}
@@ -170,9 +164,7 @@ def test_a_right_pin_is_remembered_for_auth_cache_ttl(
         assert ani[a_while].tabung(1).status_code == 200
 
 
-def test_max_pin_failures_in_a_row_lock_for_lock_minutes(
-    servers: Servers, nasabah: Callable[..., Nasabah]
-) -> None:
+def test_max_pin_failures_in_a_row_lock_for_lock_minutes(servers: Servers, nasabah: Callable[..., Nasabah]) -> None:
     service = servers.service("transaksi", "--max-pin-failures", "2", "--lock-minutes", "7")
     no_rekening = servers.database.open_account()
     minutes = "SELECT extract(epoch FROM terkunci_sampai - clock_timestamp())::float8 / 60 FROM kredensial"
@@ -256,9 +248,7 @@ def test_a_server_that_does_not_come_is_waited_for_and_then_one_clear_line(
 
 @pytest.mark.parametrize("name", OF)
 def test_one_that_still_waits_may_be_stopped(servers: Servers, name: str) -> None:
-    service = Unawaited(
-        name, servers.postgres, servers.redis, "--db-name", "lain", directory=servers.directory
-    )
+    service = Unawaited(name, servers.postgres, servers.redis, "--db-name", "lain", directory=servers.directory)
     service.start()
     try:
         eventually(lambda: log_lines(service, "waiting for PostgreSQL"))
@@ -300,9 +290,7 @@ def test_redis_may_be_without_a_password(servers: Servers) -> None:
 # ---------------------------------------------------------------- what is written
 
 
-def test_a_movement_is_told_by_both_with_its_context(
-    servers: Servers, nasabah: Callable[..., Nasabah]
-) -> None:
+def test_a_movement_is_told_by_both_with_its_context(servers: Servers, nasabah: Callable[..., Nasabah]) -> None:
     transaksi, mutasi = servers.service("transaksi", "--log-level", "DEBUG"), servers.service("mutasi")
     no_rekening = servers.database.open_account(500)
     with running(transaksi, mutasi):
@@ -312,17 +300,13 @@ def test_a_movement_is_told_by_both_with_its_context(
     known = {"no_rekening": f"******{no_rekening[-4:]}", "jenis_transaksi": "tarik", "nominal": 200}
     known |= {"id_transaksi": id_transaksi, "level": "INFO"}
     (accepted,) = log_lines(transaksi, "movement accepted")
-    (stored,) = [
-        entry for entry in log_lines(mutasi, "mutation stored") if entry["id_transaksi"] == id_transaksi
-    ]
+    (stored,) = [entry for entry in log_lines(mutasi, "mutation stored") if entry["id_transaksi"] == id_transaksi]
     assert accepted.items() >= (known | {"saldo": 300, "path": "/tarik", "service": "transaksi"}).items()
     assert accepted["duration_ms"] > 0
     assert stored.items() >= (known | {"service": "mutasi"}).items()
 
 
-def test_a_refusal_is_a_warning_that_says_whom_and_why(
-    servers: Servers, nasabah: Callable[..., Nasabah]
-) -> None:
+def test_a_refusal_is_a_warning_that_says_whom_and_why(servers: Servers, nasabah: Callable[..., Nasabah]) -> None:
     service = servers.service("transaksi")
     no_rekening = servers.database.open_account()
     with running(service):

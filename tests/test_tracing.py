@@ -221,9 +221,7 @@ def test_what_a_client_wants_no_trace_of_has_none(bank: Bank, collector: Collect
     bank.servers.database.audit()
 
 
-def test_the_log_lines_of_request_and_mutation_name_their_spans(
-    bank: Bank, collector: Collector, ani: Nasabah
-) -> None:
+def test_the_log_lines_of_request_and_mutation_name_their_spans(bank: Bank, collector: Collector, ani: Nasabah) -> None:
     assert ani.tabung(1).status_code == 200
     accepted = line(ani.no_rekening, bank.transaksi, "movement accepted")
     stored = line(ani.no_rekening, bank.mutasi, "mutation stored")

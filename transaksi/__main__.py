@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
-from settings import Parser, Settings, open_postgres, open_redis, wait_for, whole
+from settings import Parser, Settings, open_postgres, open_redis, spare_gc, wait_for, whole
 from transaksi.api import create_app
 from transaksi.pin import THREADS, PinCheck
 from transaksi.relay import Relay
@@ -62,9 +62,7 @@ def read_settings() -> TransaksiSettings:
     option("--max-pin-failures", whole(1, 1_000_000), 5, "wrong PINs in a row that lock an account")
     option("--lock-minutes", whole(1, 10_000), 15, "minutes an account stays locked")
     option("--request-timeout", whole(1, 60), 5, "seconds after which a request is answered at the latest")
-    option(
-        "--max-queue", whole(1, 100_000), 1000, "requests that may wait in a process, the surplus gets 503"
-    )
+    option("--max-queue", whole(1, 100_000), 1000, "requests that may wait in a process, the surplus gets 503")
     option(
         "--max-stream",
         whole(1, 10_000_000),
@@ -96,7 +94,9 @@ def build(settings: TransaksiSettings) -> FastAPI:
     relay = Relay(relay_engine, open_redis(settings), settings.max_stream, settings.reconcile_after)
     teller = Teller(engine, settings.max_queue, committed=relay.wake)
     pin = PinCheck(engine, settings.auth_cache_ttl, settings.max_pin_failures, settings.lock_minutes)
-    return create_app(teller, relay, pin, settings.request_timeout)
+    app = create_app(teller, relay, pin, settings.request_timeout)
+    spare_gc()
+    return app
 
 
 def worker() -> FastAPI:

@@ -215,9 +215,7 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
         if permintaan.no_rekening != scope["nasabah"]:
             context["no_rekening_payload"] = masked(permintaan.no_rekening)
         authorize(scope["nasabah"], permintaan.no_rekening)
-        perintah = Perintah(
-            jenis, permintaan.no_rekening, permintaan.nominal, idempotency_key(request), traceparent()
-        )
+        perintah = Perintah(jenis, permintaan.no_rekening, permintaan.nominal, idempotency_key(request), traceparent())
         hasil = await teller.submit(perintah, scope["deadline"])
         repeated = isinstance(hasil, Ulangan)
         gerakan = hasil.pertama if isinstance(hasil, Ulangan) else hasil
@@ -260,9 +258,7 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
 
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:
-            schema = get_openapi(
-                title=app.title, version=app.version, description=app.description, routes=app.routes
-            )
+            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             schema["components"]["securitySchemes"] = {"PIN": {"type": "http", "scheme": "basic"}}
             for path in ("/tabung", "/tarik"):
                 schema["paths"][path]["post"]["security"] = [{"PIN": []}]

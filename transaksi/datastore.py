@@ -185,9 +185,7 @@ def record(connection: Connection, gerakan: Sequence[Gerakan], saldo: dict[str, 
 # ---------------------------------------------------------------- PIN
 
 _LOCKED = func.coalesce(Kredensial.terkunci_sampai > func.clock_timestamp(), False)
-_KREDENSIAL = select(Kredensial.pin_hash, _LOCKED.label("terkunci")).where(
-    Kredensial.no_rekening == bindparam("no")
-)
+_KREDENSIAL = select(Kredensial.pin_hash, _LOCKED.label("terkunci")).where(Kredensial.no_rekening == bindparam("no"))
 _PIN_RIGHT = (
     update(Kredensial)
     .where(Kredensial.no_rekening == bindparam("no"), ~_LOCKED)
@@ -228,15 +226,19 @@ def pin_wrong(connection: Connection, no_rekening: str, limit: int, locked_for: 
 
 # ---------------------------------------------------------------- relay
 
-# MATERIALIZED, since the LIMIT beside SKIP LOCKED must hold under every plan.
+# MATERIALIZED, since the LIMIT beside SKIP LOCKED must hold under every plan; ARRAY and LATERAL ... LIMIT 1, since
+# the planner must look up each id by index and not read the whole journal for a hash join.
 _TAKE = text("""
     WITH diambil AS MATERIALIZED (
         SELECT id_transaksi FROM outbox ORDER BY id_transaksi LIMIT :limit FOR UPDATE SKIP LOCKED),
     dihapus AS (
-        DELETE FROM outbox o USING diambil d WHERE o.id_transaksi = d.id_transaksi
-        RETURNING o.id_transaksi, o.traceparent)
-    SELECT d.id_transaksi, t.tanggal_transaksi, t.no_rekening, t.jenis_transaksi, t.nominal, d.traceparent
-    FROM dihapus d JOIN transaksi t ON t.id = d.id_transaksi ORDER BY t.id""")
+        DELETE FROM outbox WHERE id_transaksi = ANY (ARRAY(SELECT id_transaksi FROM diambil))
+        RETURNING id_transaksi, traceparent)
+    SELECT d.id_transaksi, d.traceparent, t.*
+    FROM dihapus d CROSS JOIN LATERAL (
+        SELECT tanggal_transaksi, no_rekening, jenis_transaksi, nominal
+        FROM transaksi WHERE id = d.id_transaksi LIMIT 1) t
+    ORDER BY d.id_transaksi""")
 _OUTBOX_AGE = text("""
     SELECT extract(epoch FROM clock_timestamp() - tanggal_transaksi)::float8
     FROM outbox JOIN transaksi ON id = id_transaksi ORDER BY id_transaksi LIMIT 1""")
@@ -277,6 +279,4 @@ def reconcile(connection: Connection, checked: int, after_s: int) -> Row[Any] | 
     """
     if not connection.scalar(select(func.pg_try_advisory_xact_lock(RECONCILE_LOCK))):
         return None
-    return connection.execute(
-        _RECONCILE, {"checked": checked, "after": after_s, "window": RECONCILE_WINDOW}
-    ).one()
+    return connection.execute(_RECONCILE, {"checked": checked, "after": after_s, "window": RECONCILE_WINDOW}).one()
