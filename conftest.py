@@ -200,7 +200,7 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def database(servers: Servers, url: str) -> Database:
+def database(servers: Servers, url: str) -> Database:  # noqa: ARG001 - its services must run
     """SQL on the database behind `url`; skipped by name where that is somebody else's."""
     return servers.database
 

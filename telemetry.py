@@ -93,7 +93,7 @@ class JsonLine(JsonFormatter):
             reserved_attrs=[*logging.makeLogRecord({}).__dict__, "color_message", "taskName"],
         )
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802, ARG002
         moment = datetime.fromtimestamp(record.created, UTC)
         return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -108,6 +108,7 @@ def start_logging(service: str, level: str) -> None:
     logging.basicConfig(level=level, handlers=[JsonLines(service)], force=True)
     logging.captureWarnings(capture=True)
     threading.excepthook = _die
+    sys.excepthook = lambda kind, error, trail: log.critical("died", exc_info=(kind, error, trail))
     # No line shows these: https://docs.python.org/3/howto/logging.html#optimization
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None

@@ -6,7 +6,6 @@ process that started them. The tests and the benchmark start, stop and kill the 
 """
 
 # A command-line tool that starts programs of ours, with a preexec_fn that takes no locks.
-# ruff: noqa: PLW1509, S603, T201
 
 import argparse
 import contextlib
