@@ -1,5 +1,6 @@
 """What is seen of both services: JSON log lines, and the OpenTelemetry spans of their own (through the API only)."""
 
+import json
 import logging
 import os
 import queue
@@ -21,6 +22,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 log = logging.getLogger(__name__)
 
+ENCODER = json.JSONEncoder(default=str)  # made once: the formatter's own way makes one for each line
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -90,6 +92,7 @@ class JsonLine(JsonFormatter):
             ["asctime", "levelname", "message", "name"],
             rename_fields={"asctime": "timestamp", "levelname": "level", "name": "logger"},
             static_fields={"service": service},
+            json_serializer=lambda line, **_: ENCODER.encode(line),
             reserved_attrs=[*logging.makeLogRecord({}).__dict__, "color_message", "taskName"],
         )
 

@@ -87,7 +87,7 @@ class PinCheck:
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
-            thread.join(timeout=2)
+            thread.join(timeout=1)
 
     async def check(self, no_rekening: str, pin: bytes, arrived: float, deadline: float) -> None:
         """Return if the PIN is the account's. Times are of time.monotonic(), in seconds.

@@ -26,7 +26,7 @@ tracer = trace.get_tracer(__name__)
 
 BATCH = 1000
 POLL_S = 0.5  # for rows that another process left behind
-GATHER_S = 0.005  # many rows a turn: one transaction, one fsync of Redis
+GATHER_S = 0.01  # many rows a turn: one transaction, one fsync of Redis
 
 
 class Relay:
@@ -57,10 +57,10 @@ class Relay:
         self._woken.set()
 
     def stop(self) -> None:
-        """Hand over what is there, then end; what cannot be handed over within 2 s stays in the outbox."""
+        """Hand over what is there, then end; what cannot be handed over within 1 s stays in the outbox."""
         self._stopping = True
         self.wake()
-        self._thread.join(timeout=2)
+        self._thread.join(timeout=1)
 
     def _run(self) -> None:
         pause = 0.0
