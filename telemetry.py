@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from pythonjsonlogger.json import JsonFormatter
 
 log = logging.getLogger(__name__)
 
-ENCODER = json.JSONEncoder(default=str)  # made once: the formatter's own way makes one for each line
+ENCODER = json.JSONEncoder(default=str)  # made once: json.dumps makes one for each line
+NOT_CONTEXT = {*logging.makeLogRecord({}).__dict__, "color_message", "taskName"}
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -84,26 +84,28 @@ def _to_stdout(lines: bytes) -> None:
         lines = lines[os.write(sys.stdout.fileno(), lines) :]
 
 
-class JsonLine(JsonFormatter):
+class JsonLine(logging.Formatter):
     """timestamp (RFC 3339, UTC), level, message, logger, service, then the record's own context."""
 
     def __init__(self, service: str) -> None:
-        super().__init__(
-            ["asctime", "levelname", "message", "name"],
-            rename_fields={"asctime": "timestamp", "levelname": "level", "name": "logger"},
-            static_fields={"service": service},
-            json_serializer=lambda line, **_: ENCODER.encode(line),
-            reserved_attrs=[*logging.makeLogRecord({}).__dict__, "color_message", "taskName"],
-        )
+        super().__init__()
+        self._service = service
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802, ARG002
+    def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC)
-        return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        # The frames and the type, never the text: a database's prints the rows it is about.
-        kind, _, trail = ei
-        return "".join(traceback.format_tb(trail)) + str(kind.__name__)
+        line: dict[str, Any] = {
+            "timestamp": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+            "logger": record.name,
+            "service": self._service,
+        }
+        line |= {name: value for name, value in record.__dict__.items() if name not in NOT_CONTEXT}
+        if record.exc_info:
+            # The frames and the type, never the text: a database's prints the rows it is about.
+            kind, _, trail = record.exc_info
+            line["exception"] = "".join(traceback.format_tb(trail)) + (kind.__name__ if kind else "")
+        return ENCODER.encode(line)
 
 
 def start_logging(service: str, level: str) -> None:
