@@ -5,13 +5,14 @@ import re
 from datetime import datetime
 from pathlib import Path
 from threading import Event
+from typing import get_args
 
 from redis.exceptions import RedisError
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from mutasi.app import set_aside, store
-from mutasi.datastore import Entry, Pesan, Stream
+from mutasi.datastore import Entry, Jenis, Pesan, Stream
 from settings import Outage
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ FIELDS = {
         rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)"
     ),
     b"no_rekening": re.compile(rb"[0-9]{10,16}"),
-    b"jenis_transaksi": re.compile(rb"tabung|tarik"),
+    b"jenis_transaksi": re.compile("|".join(get_args(Jenis)).encode()),
     b"nominal": re.compile(rb"[0-9]{1,13}"),
 }
 OPTIONAL = {b"traceparent": re.compile(rb"[0-9a-f-]{1,100}")}

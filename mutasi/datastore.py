@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from redis import Redis
 from sqlalchemy import ARRAY, BigInteger, Engine, Text, bindparam, func, select
@@ -52,7 +52,7 @@ class Mutasi(Base):
     id_transaksi: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     no_rekening: Mapped[str] = mapped_column(Text)
     tanggal_transaksi: Mapped[datetime] = mapped_column(TIMESTAMP(timezone=True))
-    jenis_transaksi: Mapped[Jenis] = mapped_column(ENUM("tabung", "tarik", name="jenis_transaksi"))
+    jenis_transaksi: Mapped[Jenis] = mapped_column(ENUM(*get_args(Jenis), name="jenis_transaksi"))
     nominal: Mapped[int] = mapped_column(BigInteger)
     dicatat_pada: Mapped[datetime] = mapped_column(TIMESTAMP(timezone=True), server_default=func.clock_timestamp())
 
