@@ -24,7 +24,7 @@ CREATE TABLE rekening (
 -- about money never prints a hash, and service mutasi has no right here at all.
 CREATE TABLE kredensial (
     no_rekening     text PRIMARY KEY REFERENCES rekening,
-    pin_hash        text NOT NULL CHECK (pin_hash ~ '^\$2[aby]\$1[0-4]\$[./A-Za-z0-9]{53}$'),  -- bcrypt
+    pin_hash        text NOT NULL CHECK (pin_hash ~ '^\$2[aby]\$1[0-4]\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}$'),  -- bcrypt
     pin_gagal       integer NOT NULL DEFAULT 0 CHECK (pin_gagal >= 0),  -- failures in a row
     terkunci_sampai timestamptz
 ) WITH (fillfactor = 50);

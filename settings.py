@@ -173,22 +173,28 @@ def sqlstate(error: BaseException | None) -> str:
     return code or ""
 
 
+def data_refused(error: BaseException | None) -> bool:
+    """Whether the database refused a statement for its data (SQLSTATE class 22 or 23): to try again is no use."""
+    return sqlstate(error)[:2] in ("22", "23")
+
+
 class Outage:
     """Whether a server is away, said once when it goes and once when it is back."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, log: logging.Logger, server: str) -> None:
+        self._log = log
         self._server = server
         self._since: float | None = None
 
     def begin(self, error: BaseException | None) -> None:
         if self._since is None:
             self._since = time.monotonic()
-            log.error("%s is away", self._server, extra=describe(error))
+            self._log.error("%s is away", self._server, extra=describe(error))
 
     def end(self) -> None:
         if self._since is not None:
             away, self._since = time.monotonic() - self._since, None
-            log.info("%s is back", self._server, extra={"duration_ms": round(away * 1000)})
+            self._log.info("%s is back", self._server, extra={"duration_ms": round(away * 1000)})
 
 
 def wait_for(server: str, try_once: Callable[[], object]) -> None:

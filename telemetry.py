@@ -58,7 +58,11 @@ class JsonLines(logging.Handler):
         # whose lock would abort the exit of a process that waits for the reader.
         lines = b""
         for record in iter(self._records.get, None):
-            line = f"{self.format(record)}\n".encode()
+            try:
+                line = f"{self.format(record)}\n".encode()
+            except Exception:  # a library's bad line must not end all lines
+                self._dropped += 1
+                continue
             if len(lines + line) > select.PIPE_BUF:
                 _to_stdout(lines)
                 lines = b""
@@ -72,10 +76,17 @@ class JsonLines(logging.Handler):
                 time.sleep(0.02)  # lets lines gather: to wake a thread for each costs more than the line
         _to_stdout(lines)
 
+    def flush(self) -> None:
+        """Wait, 1 s at most, until what is there is written."""
+        deadline = time.monotonic() + 1
+        while not self._records.empty() and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def close(self) -> None:
         """Write what is left; give up after 2 s, since whoever reads stdout may have stopped reading."""
         self._records.put(None)
-        self._thread.join(timeout=2)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=2)
         super().close()
 
 
@@ -125,8 +136,17 @@ def _die(args: threading.ExceptHookArgs) -> None:
         return
     # Without one of its threads a process looks alive and does nothing: better none, and a restart.
     log.critical("%s died", args.thread and args.thread.name, exc_info=args[:3])  # type: ignore[arg-type]
-    logging.shutdown()
-    os._exit(1)
+    try:
+        logging.shutdown()
+    finally:
+        os._exit(1)
+
+
+def flush() -> None:
+    """Send off lines and spans: one worker of several ends by a signal, without Python's own good-byes."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    getattr(trace.get_tracer_provider(), "force_flush", lambda _: None)(1000)
 
 
 def masked(no_rekening: str) -> str:
@@ -160,12 +180,18 @@ def trace_of(traceparent: str | None) -> Context:
 
 def batch_span(tracer: trace.Tracer, name: str, traceparents: Iterable[str | None]) -> AbstractContextManager[object]:
     """A batch's own trace, linked to those of the movements in it; nothing where none of them is traced."""
-    spans = [trace.get_current_span(trace_of(t)) for t in traceparents if t]
+    of_all = list(traceparents)
+    spans = [trace.get_current_span(trace_of(t)) for t in of_all if t]
     if not spans:
         return nullcontext()
-    links = [trace.Link(span.get_span_context()) for span in spans]
-    count = {"messaging.batch.message_count": len(links)}
-    return tracer.start_as_current_span(name, Context(), links=links, attributes=count)
+    return tracer.start_as_current_span(
+        name,
+        Context(),
+        links=[trace.Link(span.get_span_context()) for span in spans],
+        attributes={"messaging.batch.message_count": len(of_all)},
+        record_exception=False,  # its text may print rows
+        set_status_on_exception=False,
+    )
 
 
 def messaging(operation: str, stream: str) -> dict[str, str]:

@@ -455,7 +455,7 @@ Figures = dict[str, list[Figure]]
 
 @dataclass(frozen=True)
 class Promise:
-    """What DESIGN.md section 8 promises of a load, against the best of others where there are any."""
+    """What the README claims under "Measured" of a load, against the best of others where there are any."""
 
     name: str
     load: str

@@ -64,7 +64,7 @@ def consume(engine: Engine, stream: Stream, batch_size: int, stopping: Event, al
 
     A server that is away is waited for, with a growing pause: the entries stay in the stream.
     """
-    outage = Outage("PostgreSQL or Redis")
+    outage = Outage(log, "PostgreSQL or Redis")
     pause = 0.0
     while not stopping.is_set():
         alive.touch()

@@ -10,13 +10,11 @@ from sqlalchemy.exc import DBAPIError
 
 from mutasi import datastore
 from mutasi.datastore import Entry, Pesan, Stream
-from settings import STREAM, describe, sqlstate
+from settings import STREAM, data_refused, describe
 from telemetry import batch_span, business, messaging, trace_of
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)
-
-DATA_REFUSED = ("22", "23")  # SQLSTATE classes: data exception, integrity constraint violation
 
 
 def store(engine: Engine, stream: Stream, pesan: Sequence[Pesan]) -> None:
@@ -29,9 +27,10 @@ def store(engine: Engine, stream: Stream, pesan: Sequence[Pesan]) -> None:
     started = time.time_ns()
     try:
         with batch_span(tracer, "insert mutasi", (p.traceparent for p in pesan)):
-            new = datastore.insert_mutasi(engine, pesan)
+            fresh = datastore.insert_mutasi(engine, pesan)
+        new = len(fresh)
     except DBAPIError as error:
-        if sqlstate(error)[:2] not in DATA_REFUSED:
+        if not data_refused(error):
             raise
         if len(pesan) == 1:
             facts = describe(error)
@@ -42,13 +41,14 @@ def store(engine: Engine, stream: Stream, pesan: Sequence[Pesan]) -> None:
             store(engine, stream, pesan[:middle])
             store(engine, stream, pesan[middle:])
         return
-    stream.delete([p.entry for p in pesan])
     for p in pesan:
-        if p.id_transaksi in new:
+        if p.id_transaksi in fresh:
+            fresh.discard(p.id_transaksi)
             _report(p, started)
-    log.debug("batch stored", extra={"jumlah": len(new), "duration_ms": (time.time_ns() - started) // 1_000_000})
-    if len(new) < len(pesan):
-        log.warning("messages came again", extra={"jumlah": len(pesan) - len(new)})
+    stream.delete([p.entry for p in pesan])
+    log.debug("batch stored", extra={"jumlah": new, "duration_ms": (time.time_ns() - started) // 1_000_000})
+    if new < len(pesan):
+        log.warning("messages came again", extra={"jumlah": len(pesan) - new})
 
 
 def set_aside(stream: Stream, entry: Entry, reason: str) -> None:

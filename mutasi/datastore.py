@@ -46,7 +46,8 @@ class Base(DeclarativeBase):
 
 
 class Mutasi(Base):
-    """The mutation book: one row per movement of the journal, append-only."""
+    """The mutation book: one row per movement, append-only. init.sql has its reference to the journal, which is
+    the other service's table."""
 
     __tablename__ = "mutasi"
     id_transaksi: Mapped[int] = mapped_column(BigInteger, primary_key=True)

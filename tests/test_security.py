@@ -25,8 +25,8 @@ from conftest import PIN, Database, Nasabah, Servers, eventually, new_servers
 from dev.local import HOST, Service
 from settings import Settings, describe, open_postgres
 from transaksi import pin as pin_module
+from transaksi.app import Unavailable
 from transaksi.pin import FLOOR_S, THREADS, NotAuthenticated, PinCheck
-from transaksi.teller import Unavailable
 
 WRONG = "000000"
 ROLES = ("transaksi", "mutasi")

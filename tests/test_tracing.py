@@ -240,6 +240,12 @@ def test_a_refusal_is_traced_and_logged_alike(bank: Bank, collector: Collector, 
 
 def test_no_span_gives_away_a_secret(bank: Bank, collector: Collector, ani: Nasabah) -> None:
     assert ani.tabung(1, idempotency_key="rahasia").status_code == 200
+    database = bank.servers.database
+    database("ALTER TABLE transaksi ADD CONSTRAINT uji CHECK (nominal <> 666) NOT VALID")
+    try:
+        assert ani.tabung(666).status_code == 503  # whose error's text prints the row
+    finally:
+        database("ALTER TABLE transaksi DROP CONSTRAINT uji")
     assert ani.post("/tabung", 1, no_rekening="1234567890").status_code == 400
     assert httpx.post(f"{bank.transaksi.url}/tabung", auth=(ani.no_rekening, "098765")).status_code == 401
     last = eventually(lambda: [e for e in log_lines(bank.transaksi, "request refused") if e["status"] == 401])

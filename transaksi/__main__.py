@@ -123,7 +123,8 @@ def main() -> None:
         timeout_graceful_shutdown=3,  # for a client that never ends its request
     )
     # uvicorn raises the signal that stopped it once more: having stopped in good order is exit status 0.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, lambda *_: None)
     server, sockets = uvicorn.Server(config), [config.bind_socket()]
     if settings.workers == 1:
         server.run(sockets)

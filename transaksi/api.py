@@ -17,14 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from telemetry import masked, traceparent
+from telemetry import flush, masked, traceparent
 from transaksi.app import (
     MAX_NOMINAL,
     MAX_SALDO,
-    Ditolak,
     Jenis,
     Perintah,
     Ulangan,
+    Unavailable,
     authorize,
 )
 from transaksi.pin import NotAuthenticated, PinCheck, parse
@@ -40,13 +40,12 @@ from transaksi.refusals import (
     refuse,
 )
 from transaksi.relay import Relay
-from transaksi.teller import Teller, Unavailable, Unknown
+from transaksi.teller import Teller
 
 log = logging.getLogger(__name__)
 
 MAX_BODY = 4096
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # operator pages, no customer data
-PROBE = Perintah("tarik", no_rekening="", nominal=1)  # goes the whole way, and is refused at its end
 
 
 class Permintaan(BaseModel):
@@ -82,37 +81,31 @@ class PinMiddleware:
         arrived = time.monotonic()  # the event loop's clock too
         scope["arrived"], scope["deadline"] = arrived, arrived + self._request_timeout
         scope["context"] = {"path": scope["path"][:100]}
-        if scope["path"] in OPEN_PATHS:
-            await self._app(scope, receive, send)
-            return
         try:
-            scope["nasabah"] = await self._authenticate(scope)
+            if scope["path"] not in OPEN_PATHS:
+                scope["nasabah"] = await self._authenticate(scope)
+            await self._pass_on(scope, receive, send)
+            return
         except NotAuthenticated as cause:
             response = refuse(Request(scope), 401, PIN_SALAH, CHALLENGE, cause=str(cause))
         except Unavailable:
             response = refuse(Request(scope), 503, COBA_LAGI, RETRY)
-        else:
-            failure = await self._pass_on(scope, receive, send)
-            if failure is None:
-                return
-            response = refuse(Request(scope), failure, REMARKS[failure])
-        await response(scope, receive, send)
-
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> int | None:
-        """Let the application answer; the status where it could not."""
-        task = asyncio.current_task()
-        assert task  # noqa: S101 - for the type checker: a coroutine that runs has one
-        timer = task.get_loop().call_at(scope["deadline"] + 1, task.cancel)  # a payload that never ends
-        try:
-            await self._app(scope, bounded(scope, receive), send)
         except asyncio.CancelledError:
-            return 408
+            response = refuse(Request(scope), 408, REMARKS[408])
         except Exception:
             log.exception("unexpected error", extra=scope["context"])
-            return 500
+            response = refuse(Request(scope), 500, REMARKS[500])
+        await response(scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application answer; a payload that never ends is cut off a second after the deadline."""
+        task = asyncio.current_task()
+        assert task  # noqa: S101 - for the type checker: a coroutine that runs has one
+        timer = task.get_loop().call_at(scope["deadline"] + 1, task.cancel)
+        try:
+            await self._app(scope, bounded(scope, receive), send)
         finally:
             timer.cancel()
-        return None
 
     async def _authenticate(self, scope: Scope) -> str:
         authorization = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -186,6 +179,7 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
         teller.stop()
         relay.stop()
         pin.stop()
+        flush()
 
     app = FastAPI(
         title="transaksi",
@@ -247,13 +241,8 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
     @app.get("/health", responses={503: answers("Cannot serve", COBA_LAGI)})
     async def health() -> Any:
         """Whether a movement could be made now; Redis away does not matter."""
-        deadline = time.monotonic() + 2
-        try:
-            await teller.submit(PROBE, deadline)
-        except Ditolak:
+        if await teller.can_serve():
             return {"status": "ok"}
-        except (Unavailable, Unknown):
-            pass
         return JSONResponse({"remark": "PostgreSQL tidak menjawab atau antrean penuh."}, 503)
 
     def openapi() -> dict[str, Any]:

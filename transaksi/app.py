@@ -62,6 +62,14 @@ class KunciSudahDipakai(Ditolak):
     remark = "Idempotency-Key sudah dipakai untuk transaksi lain."
 
 
+class Unavailable(Exception):
+    """The command was not carried out and will not be: it may be sent again at once."""
+
+
+class Unknown(Exception):
+    """The command may or may not have moved the money."""
+
+
 Kunci = tuple[str, str]  # account, idempotency key
 Hasil = Gerakan | Ulangan | Ditolak
 

@@ -255,7 +255,7 @@ _RECONCILE = text("""
         INSERT INTO outbox (id_transaksi) SELECT id FROM jendela WHERE hilang ORDER BY id
         ON CONFLICT DO NOTHING)
     SELECT coalesce(min(id) FILTER (WHERE hilang) - 1, max(id), :checked) AS checked,
-        count(*) FILTER (WHERE hilang) AS hilang,
+        max(id) AS last, count(*) = :window AS full, count(*) FILTER (WHERE hilang) AS hilang,
         array_agg(id) FILTER (WHERE beda AND NOT hilang) AS beda
     FROM jendela""")
 
@@ -274,8 +274,9 @@ def reconcile(connection: Connection, checked: int, after_s: int) -> Row[Any] | 
     """Put movements without a mutation row back into the outbox; None while another relay is at it.
 
     Looks at a window of journal rows after id `checked`, older than `after_s` seconds. Gives the new `checked`
-    (every movement up to it has its mutation row), how many were missing (`hilang`), and the ids whose mutation
-    row says something else than the journal (`beda`, or None).
+    (every movement from the old one up to it has its mutation row), how many were missing (`hilang`), the ids whose
+    mutation row says something else than the journal (`beda`, or None), the window's `last` id, and whether it was
+    `full`.
     """
     if not connection.scalar(select(func.pg_try_advisory_xact_lock(RECONCILE_LOCK))):
         return None

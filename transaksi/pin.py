@@ -28,7 +28,7 @@ from sqlalchemy.exc import DBAPIError
 from settings import describe
 from telemetry import masked
 from transaksi import datastore
-from transaksi.teller import Unavailable
+from transaksi.app import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,9 @@ class PinCheck:
         self._stopping = True
         for _ in self._threads:
             self._jobs.put(None)
+        deadline = time.monotonic() + 1
         for thread in self._threads:
-            thread.join(timeout=1)
+            thread.join(max(0, deadline - time.monotonic()))
 
     async def check(self, no_rekening: str, pin: bytes, arrived: float, deadline: float) -> None:
         """Return if the PIN is the account's. Times are of time.monotonic(), in seconds.
@@ -138,7 +139,7 @@ class PinCheck:
         future, no_rekening, pin = job
         try:
             verdict = self._verdict(no_rekening, pin)
-        except DBAPIError as error:
+        except (DBAPIError, ValueError) as error:  # ValueError: what stands in the table is no bcrypt hash
             log.error("PIN not checked", extra=describe(error) | {"no_rekening": masked(no_rekening)})
             verdict = UNAVAILABLE
         with suppress(RuntimeError):  # the event loop has ended

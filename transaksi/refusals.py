@@ -16,8 +16,9 @@ from transaksi.app import (
     RekeningTidakDikenali,
     SaldoMelebihiBatas,
     SaldoTidakCukup,
+    Unavailable,
+    Unknown,
 )
-from transaksi.teller import Unavailable, Unknown
 
 log = logging.getLogger(__name__)
 

@@ -41,12 +41,14 @@ class Relay:
         self._redis = redis
         self._max_stream = max_stream
         self._reconcile_after = reconcile_after
-        self._checked = 0
+        self._checked = 0  # every movement up to this id has its mutation
+        self._look_from = 0
+        self._told: set[int] = set()
         self._next_reconcile = 0.0
         self._full = False
         self._stopping = False
         self._woken = threading.Event()
-        self._outage = Outage("the way to the stream")
+        self._outage = Outage(log, "the way to the stream")
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
 
     def start(self) -> None:
@@ -76,7 +78,7 @@ class Relay:
                 handed_over, pause = 0, min(pause + POLL_S, 5.0)
             if stopping and not handed_over:
                 return
-            if handed_over < BATCH:
+            if handed_over < BATCH and not self._stopping:
                 self._woken.wait(pause)
                 self._woken.clear()
                 time.sleep(GATHER_S)
@@ -109,20 +111,24 @@ class Relay:
         with self._engine.begin() as connection:
             if self._stream_age() > late or datastore.outbox_age(connection) > late:
                 return
-            found = datastore.reconcile(connection, self._checked, self._reconcile_after)
+            found = datastore.reconcile(connection, self._look_from, self._reconcile_after)
         if found is None:  # another relay is at it
             return
-        if beda := [i for i in found.beda or () if i <= found.checked]:
+        if beda := set(found.beda or ()) - self._told:
+            self._told |= beda
             log.critical(
                 "audit difference: the mutation book says something else than the journal",
-                extra={"id_transaksi": beda},
+                extra={"id_transaksi": sorted(beda)},
             )
         if found.hilang:
             log.warning("movements without mutation sent again", extra={"jumlah": found.hilang})
             self.wake()
-        elif found.checked - self._checked >= datastore.RECONCILE_WINDOW:
-            self._next_reconcile = 0.0  # there is more to look at
-        self._checked = found.checked
+        if self._look_from == self._checked:
+            self._checked = found.checked
+        # On to the next window, even past a movement that cannot be booked; after the last one from the start again.
+        self._look_from = found.last if found.full else self._checked
+        if found.full:
+            self._next_reconcile = 0.0
 
     def _stream_age(self) -> float:
         """Age in seconds, by Redis' own clock, of the oldest entry; 0 for an empty stream."""

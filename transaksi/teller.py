@@ -9,6 +9,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,26 +18,18 @@ from opentelemetry import trace
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from settings import Outage, describe, sqlstate
+from settings import Outage, data_refused, describe, sqlstate
 from telemetry import batch_span
 from transaksi import datastore
-from transaksi.app import Gerakan, Hasil, Perintah, Ulangan, decide
+from transaksi.app import Ditolak, Gerakan, Hasil, Perintah, Ulangan, Unavailable, Unknown, decide
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)
 
 BATCH = 512
 TRIES = 5
+PROBE = Perintah("tarik", no_rekening="", nominal=1)  # goes the whole way, and is refused at its end
 DEADLOCK = ("40P01", "40001")  # and serialization failure: the batch may just be tried again
-DATA_REFUSED = ("22", "23")
-
-
-class Unavailable(Exception):
-    """The command was not carried out and will not be: it may be sent again at once."""
-
-
-class Unknown(Exception):
-    """The command may or may not have moved the money."""
 
 
 Answer = Hasil | Unavailable | Unknown
@@ -64,7 +57,8 @@ class Teller:
         self._committed = committed
         self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._claim = threading.Lock()
-        self._outage = Outage("PostgreSQL")
+        self._outage = Outage(log, "PostgreSQL")
+        self._probe: asyncio.Future[bool] | None = None
         self._thread = threading.Thread(target=self._run, name="teller", daemon=True)
 
     def start(self) -> None:
@@ -94,6 +88,22 @@ class Teller:
             raise self._withdraw(ticket) from None
         finally:
             timer.cancel()
+
+    async def can_serve(self) -> bool:
+        """Whether a command could be carried out now. One probe serves all who ask meanwhile: anybody may ask, and
+        the queue is the customers'."""
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.ensure_future(self._try_probe())
+        return await asyncio.shield(self._probe)
+
+    async def _try_probe(self) -> bool:
+        try:
+            await self.submit(PROBE, time.monotonic() + 2)
+        except Ditolak:
+            return True
+        except (Unavailable, Unknown):
+            pass
+        return False
 
     def _expire(self, ticket: Ticket) -> None:
         if not ticket.future.done():
@@ -136,7 +146,7 @@ class Teller:
             except DBAPIError as error:
                 if sqlstate(error) in DEADLOCK:
                     continue
-                if sqlstate(error)[:2] not in DATA_REFUSED:
+                if not data_refused(error):
                     self._outage.begin(error)
                 elif len(perintah) > 1:
                     return [self._settle([one])[0] for one in perintah]
