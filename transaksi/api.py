@@ -225,7 +225,7 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
     documented: dict[str, Any] = {
         "response_model": Saldo,
         "responses": REFUSALS | {200: REPLAYED},
-        "openapi_extra": KEY,
+        "openapi_extra": KEY | {"security": [{"PIN": []}]},
     }
 
     @app.post("/tabung", **documented)
@@ -249,8 +249,6 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
         if not app.openapi_schema:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             schema["components"]["securitySchemes"] = {"PIN": {"type": "http", "scheme": "basic"}}
-            for path in ("/tabung", "/tarik"):
-                schema["paths"][path]["post"]["security"] = [{"PIN": []}]
             app.openapi_schema = schema
         return app.openapi_schema
 
