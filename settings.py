@@ -115,6 +115,9 @@ def open_postgres(settings: Settings, pool_size: int, **session: str | int) -> s
     (https://www.postgresql.org/docs/18/libpq-connect.html).
     """
     session["timezone"] = "UTC"
+    # Every statement looks up keys. A plan made for a small table, such as that of a foreign key, lives on in the
+    # session while the table grows: it must not be one that reads the whole table.
+    session["enable_seqscan"] = "off"
     return sqlalchemy.create_engine(
         sqlalchemy.URL.create(
             "postgresql+psycopg2",

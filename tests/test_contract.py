@@ -97,7 +97,7 @@ def _customer(servers: Servers) -> None:
 PAYLOADS: dict[str, tuple[bytes, int, str | None]] = {
     # what is sent: the answer's status, and its remark unless it is 200
     "as documented": (OK, 200, None),
-    "unknown fields": (OK[:-1] + b', "catatan": "\\ud800", "\\ud800": []}', 200, None),
+    "unknown fields": (OK[:-1] + b', "catatan": "\\ud83d\\ude00", "lain": [{}]}', 200, None),
     "duplicate keys, the last right": (nominal(b"-5")[:-1] + b', "nominal": 1}', 200, None),
     "duplicate keys, the last wrong": (nominal(b"1")[:-1] + b', "nominal": -5}', 400, NOMINAL),
     "just 4 KiB": (of_length(4096), 200, None),
@@ -130,7 +130,9 @@ PAYLOADS: dict[str, tuple[bytes, int, str | None]] = {
     "an account too long": (no_rekening('"12345678901234567"'), 400, NO_REKENING),
     "an account and a line end": (no_rekening(r'"4000000001\n"'), 400, NO_REKENING),
     "NUL": (no_rekening(r'"4000000001\u0000"'), 400, NO_REKENING),
-    "an unpaired surrogate": (no_rekening(r'"\ud800"'), 400, NO_REKENING),
+    "an unpaired surrogate": (no_rekening(r'"\ud800"'), 400, PAYLOAD),  # no Unicode text: RFC 8259, section 8.2
+    "one in an unknown field": (OK[:-1] + b', "catatan": "\\ud800"}', 400, PAYLOAD),
+    "UTF-16": (OK.decode().encode("utf-16"), 400, PAYLOAD),
     "full-width digits": (no_rekening('"４０００００００００１"'), 400, NO_REKENING),  # noqa: RUF001
     "the account of another": (no_rekening('"1234567890"'), 400, TIDAK_DIKENALI),
     "an account that does not exist": (no_rekening('"9999999999"'), 400, TIDAK_DIKENALI),

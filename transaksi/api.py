@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,10 +12,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from opentelemetry import trace
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from telemetry import flush, masked, traceparent
 from transaksi.app import (
@@ -45,6 +47,7 @@ from transaksi.teller import Teller
 log = logging.getLogger(__name__)
 
 MAX_BODY = 4096
+JSON = re.compile(rb"application/([^;]+\+)?json\s*(;.*)?", re.IGNORECASE)
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # operator pages, no customer data
 
 
@@ -65,8 +68,7 @@ class Saldo(BaseModel):
 class PinMiddleware:
     """Lets nobody pass but a customer who has proved his account by PIN; reads no payload.
 
-    Also the outermost place: bounds the payload in size and time, and turns an unexpected error into a 500 with
-    a log line.
+    Also the outermost place: bounds the time of a request, and turns an unexpected error into a 500 with a log line.
     """
 
     def __init__(self, app: ASGIApp, pin: PinCheck, request_timeout: int) -> None:
@@ -103,12 +105,12 @@ class PinMiddleware:
         assert task  # noqa: S101 - for the type checker: a coroutine that runs has one
         timer = task.get_loop().call_at(scope["deadline"] + 1, task.cancel)
         try:
-            await self._app(scope, bounded(scope, receive), send)
+            await self._app(scope, receive, send)
         finally:
             timer.cancel()
 
     async def _authenticate(self, scope: Scope) -> str:
-        authorization = [value for name, value in scope["headers"] if name == b"authorization"]
+        authorization = header(scope, b"authorization")
         if len(authorization) != 1:
             raise NotAuthenticated("no Authorization header" if not authorization else "two of them")
         no_rekening, pin = parse(authorization[0])
@@ -117,22 +119,38 @@ class PinMiddleware:
         return no_rekening
 
 
-def bounded(scope: Scope, receive: Receive) -> Receive:
-    """`receive`, raising 413 past `MAX_BODY` bytes: those declared, or where none are declared those that came."""
-    declared = next((int(value[-20:]) for name, value in scope["headers"] if name == b"content-length"), None)
-    if declared is not None and declared <= MAX_BODY:
-        return receive  # the server sees to it that no more come
-    received = declared or 0
+def header(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for key, value in scope["headers"] if key == name]
 
-    async def receive_bounded() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > MAX_BODY:
-            raise HTTPException(413)
-        return message
 
-    return receive_bounded
+async def payload(request: Request) -> Permintaan:
+    """What the customer wishes; raises `HTTPException` and `RequestValidationError` where it cannot be read."""
+    if not any(JSON.fullmatch(value) for value in header(request.scope, b"content-type")):
+        raise HTTPException(415)
+    body = b""
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_BODY:
+                raise HTTPException(413)
+        return Permintaan.model_validate_json(body)
+    except ClientDisconnect:
+        raise HTTPException(400) from None
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_input=False)) from None
+
+
+class MovementRoute(APIRoute):
+    """Reads its payload itself: to let FastAPI do it costs a quarter of a request's CPU.
+
+    The hook is https://fastapi.tiangolo.com/how-to/custom-request-and-route/; the document stays FastAPI's own.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handle(request: Request) -> Response:
+            return await self.endpoint(await payload(request), request)  # type: ignore[no-any-return]
+
+        return handle
 
 
 REPLAYED = {
@@ -159,7 +177,7 @@ KEY_FORM = re.compile("[ -~]{1,255}")
 
 def idempotency_key(request: Request) -> str | None:
     """The request's key, if it has one; raises `RequestValidationError` for a bad one and for two."""
-    keys = [value for name, value in request.scope["headers"] if name == b"idempotency-key"]
+    keys = header(request.scope, b"idempotency-key")
     if not keys:
         return None
     key: str = keys[0].decode("latin-1")
@@ -228,15 +246,17 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
         "openapi_extra": KEY | {"security": [{"PIN": []}]},
     }
 
-    @app.post("/tabung", **documented)
     async def tabung(permintaan: Permintaan, request: Request) -> Response:
         """Deposit."""
         return await move("tabung", permintaan, request)
 
-    @app.post("/tarik", **documented)
     async def tarik(permintaan: Permintaan, request: Request) -> Response:
         """Withdraw."""
         return await move("tarik", permintaan, request)
+
+    for endpoint in (tabung, tarik):
+        path = f"/{endpoint.__name__}"
+        app.router.add_api_route(path, endpoint, methods=["POST"], route_class_override=MovementRoute, **documented)
 
     @app.get("/health", responses={503: answers("Cannot serve", COBA_LAGI)})
     async def health() -> Any:

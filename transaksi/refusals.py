@@ -64,9 +64,7 @@ def refuse(
 
 
 async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """The framework's complaints about header and payload, as a remark that names the field."""
-    if isinstance(error.body, bytes):  # what FastAPI leaves unparsed, since it is not declared JSON
-        return refuse(request, 415, REMARKS[415])
+    """What is wrong with header or payload, as a remark that names the field."""
     fields = (part for problem in error.errors() for part in problem["loc"])
     return refuse(request, 400, next((FIELD_REMARKS[f] for f in fields if f in FIELD_REMARKS), REMARKS[400]))
 
