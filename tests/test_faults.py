@@ -176,6 +176,23 @@ def hung(database: Database) -> Iterator[None]:
 # ---------------------------------------------------------------- many at once
 
 
+def test_no_plan_of_the_services_reads_a_whole_table(start: Start, accounts: Sequence[str], database: Database) -> None:
+    """First here, while the tables have a page each: a foreign key's plan made now would be a sequential scan."""
+
+    def counted(column: str) -> int:
+        tables = "relname IN ('rekening', 'transaksi', 'mutasi')"
+        return int(database(f"SELECT sum({column}) FROM pg_stat_user_tables WHERE {tables}")[0][0])
+
+    transaksi, _ = start("transaksi"), start("mutasi")
+    eventually(lambda: not database("SELECT FROM outbox"))
+    database("ANALYZE")
+    scans, rows = counted("seq_scan"), counted("n_tup_ins")
+    with Load(mixed(accounts), transaksi.url) as load:
+        under_way(load)
+    eventually(lambda: counted("n_tup_ins") >= rows + 2 * load.count(200), 60)
+    assert counted("seq_scan") == scans
+
+
 def test_64_clients_on_one_account_leave_a_journal_without_a_gap(database: Database, start: Start) -> None:
     account = database.open_account(1000)
     transaksi = start("transaksi", "--workers", "2")
