@@ -252,7 +252,7 @@ def test_chunks_without_end_are_cut_off_by_their_size(url: str) -> None:
     assert (answer.status, answer.remark) == (413, TERLALU_BESAR)
 
 
-def test_a_payload_that_stalls_is_cut_off_a_second_after_the_time_limit(servers: Servers) -> None:
+def test_a_payload_that_stalls_is_cut_off_at_the_time_limit(servers: Servers) -> None:
     service = servers.service("transaksi", "--request-timeout", "1")
     service.start()
 
@@ -265,7 +265,7 @@ def test_a_payload_that_stalls_is_cut_off_a_second_after_the_time_limit(servers:
         with ThreadPoolExecutor() as clients:
             answers = list(clients.map(stall, [CHUNKED, (b"Content-Length", b"99")]))
         assert answers == [(408, TERLAMBAT)] * 2
-        assert 2 <= time.monotonic() - started < 6  # with the default limit it would be 6 s
+        assert 1 <= time.monotonic() - started < 5  # the default limit
         assert ask(service.url, [JSON, AUTH], OK).status == 200
     finally:
         assert service.stop() == 0

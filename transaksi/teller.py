@@ -9,7 +9,6 @@ import asyncio
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,23 +70,24 @@ class Teller:
         self._queue.put(None)
         self._thread.join(timeout=2)
 
-    async def submit(self, perintah: Perintah, deadline: float) -> Gerakan | Ulangan:
-        """Carry out a command; answers by `deadline` (of time.monotonic(), in seconds).
+    async def submit(self, perintah: Perintah) -> Gerakan | Ulangan:
+        """Carry out a command. Raises `Ditolak` where the rules refuse it, `Unavailable` where it was not carried out
+        (queue full, database away), `Unknown` where nobody can tell.
 
-        Raises `Ditolak` where the rules refuse it, `Unavailable` where it was not carried out (queue full,
-        withdrawn at the deadline, database away), `Unknown` where nobody can tell yet.
+        The time limit is the caller's: when its task is cancelled, this raises `Unavailable` or `Unknown`, too.
         """
         if self._queue.qsize() >= self._max_queue:
             raise Unavailable
         ticket = Ticket(perintah, self._loop.create_future())
-        timer = self._loop.call_at(deadline, self._expire, ticket)
         self._queue.put(ticket)
         try:
             return await ticket.future
-        except asyncio.CancelledError:  # the server is stopping
-            raise self._withdraw(ticket) from None
-        finally:
-            timer.cancel()
+        except asyncio.CancelledError:
+            if not ticket.future.cancelled():  # the answer came at the same moment
+                return ticket.future.result()
+            with self._claim:
+                ticket.withdrawn = not ticket.taken
+            raise Unavailable if ticket.withdrawn else Unknown from None
 
     async def can_serve(self) -> bool:
         """Whether a command could be carried out now. One probe serves all who ask meanwhile: anybody may ask, and
@@ -98,21 +98,13 @@ class Teller:
 
     async def _try_probe(self) -> bool:
         try:
-            await self.submit(PROBE, time.monotonic() + 2)
+            async with asyncio.timeout(2):
+                await self.submit(PROBE)
         except Ditolak:
             return True
         except (Unavailable, Unknown):
             pass
         return False
-
-    def _expire(self, ticket: Ticket) -> None:
-        if not ticket.future.done():
-            ticket.future.set_exception(self._withdraw(ticket))
-
-    def _withdraw(self, ticket: Ticket) -> Unavailable | Unknown:
-        with self._claim:
-            ticket.withdrawn = not ticket.taken
-        return Unavailable() if ticket.withdrawn else Unknown()
 
     def _run(self) -> None:
         while True:
