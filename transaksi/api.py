@@ -6,15 +6,16 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Header, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBasic
 from opentelemetry import trace
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -47,6 +48,7 @@ from transaksi.teller import Teller
 log = logging.getLogger(__name__)
 
 MAX_BODY = 4096
+KEY_FORM = re.compile(rb"[ -~]{1,255}")
 JSON = re.compile(rb"application/([^;]+\+)?json\s*(;.*)?", re.IGNORECASE)
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # operator pages, no customer data
 
@@ -63,6 +65,18 @@ class Saldo(BaseModel):
     """The balance in whole rupiah, right after the movement."""
 
     saldo: int = Field(ge=0, le=MAX_SALDO, examples=[1050000])
+
+
+Key = Annotated[
+    str | SkipJsonSchema[None],
+    Header(
+        alias="Idempotency-Key",
+        description="Makes repeating safe: the same key moves the money once",
+        min_length=1,
+        max_length=255,
+        pattern="^[ -~]+$",
+    ),
+]
 
 
 class PinMiddleware:
@@ -128,17 +142,26 @@ async def payload(request: Request) -> Permintaan:
         raise RequestValidationError(error.errors(include_input=False)) from None
 
 
-class MovementRoute(APIRoute):
-    """Reads its payload itself: to let FastAPI do it costs a quarter of a request's CPU.
+def idempotency_key(request: Request) -> str | None:
+    """The request's key, if it has one; raises `RequestValidationError` for a bad one and for two."""
+    keys = header(request.scope, b"idempotency-key")
+    if len(keys) > 1 or not all(KEY_FORM.fullmatch(key) for key in keys):
+        raise RequestValidationError([{"loc": ("header", "idempotency-key")}])
+    return keys[0].decode() if keys else None
 
-    The hook is https://fastapi.tiangolo.com/how-to/custom-request-and-route/; the document stays FastAPI's own.
+
+class MovementRoute(APIRoute):
+    """Reads payload and header itself: to let FastAPI do it costs a quarter of a request's CPU.
+
+    The hook is https://fastapi.tiangolo.com/how-to/custom-request-and-route/; FastAPI's own document still says what
+    the endpoint's signature says.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def handle(request: Request) -> Response:
             try:
                 async with asyncio.timeout_at(request.scope["deadline"]):  # the teller has its own answer to it
-                    response: Response = await self.endpoint(await payload(request), request)
+                    response: Response = await self.endpoint(request, await payload(request), idempotency_key(request))
                     return response
             except (TimeoutError, asyncio.CancelledError):  # or the server is stopping
                 raise HTTPException(408) from None
@@ -154,29 +177,6 @@ REPLAYED = {
         }
     }
 }
-# Read by hand: to let FastAPI do it costs every request more than the PIN check does.
-KEY = {
-    "parameters": [
-        {
-            "name": "Idempotency-Key",
-            "in": "header",
-            "description": "Makes repeating safe: the same key moves the money once",
-            "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
-        }
-    ]
-}
-KEY_FORM = re.compile("[ -~]{1,255}")
-
-
-def idempotency_key(request: Request) -> str | None:
-    """The request's key, if it has one; raises `RequestValidationError` for a bad one and for two."""
-    keys = header(request.scope, b"idempotency-key")
-    if not keys:
-        return None
-    key: str = keys[0].decode("latin-1")
-    if len(keys) > 1 or not KEY_FORM.fullmatch(key):
-        raise RequestValidationError([{"loc": ("header", "idempotency-key")}])
-    return key
 
 
 def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int) -> FastAPI:
@@ -210,7 +210,7 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
     )
     app.add_middleware(PinMiddleware, pin=pin, request_timeout=request_timeout)
 
-    async def move(jenis: Jenis, permintaan: Permintaan, request: Request) -> Response:
+    async def move(jenis: Jenis, request: Request, permintaan: Permintaan, key: str | None) -> Response:
         scope = request.scope
         context = scope["context"]
         context |= {"jenis_transaksi": jenis, "nominal": permintaan.nominal}
@@ -220,7 +220,7 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
         if permintaan.no_rekening != scope["nasabah"]:
             context["no_rekening_payload"] = masked(permintaan.no_rekening)
         authorize(scope["nasabah"], permintaan.no_rekening)
-        perintah = Perintah(jenis, permintaan.no_rekening, permintaan.nominal, idempotency_key(request), traceparent())
+        perintah = Perintah(jenis, permintaan.no_rekening, permintaan.nominal, key, traceparent())
         hasil = await teller.submit(perintah)
         repeated = isinstance(hasil, Ulangan)
         gerakan = hasil.pertama if isinstance(hasil, Ulangan) else hasil
@@ -236,16 +236,16 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
     documented: dict[str, Any] = {
         "response_model": Saldo,
         "responses": REFUSALS | {200: REPLAYED},
-        "openapi_extra": KEY | {"security": [{"PIN": []}]},
+        "dependencies": [Security(HTTPBasic(scheme_name="PIN"))],  # for the document: PinMiddleware sees to it
     }
 
-    async def tabung(permintaan: Permintaan, request: Request) -> Response:
+    async def tabung(request: Request, permintaan: Permintaan, idempotency_key: Key = None) -> Response:
         """Deposit."""
-        return await move("tabung", permintaan, request)
+        return await move("tabung", request, permintaan, idempotency_key)
 
-    async def tarik(permintaan: Permintaan, request: Request) -> Response:
+    async def tarik(request: Request, permintaan: Permintaan, idempotency_key: Key = None) -> Response:
         """Withdraw."""
-        return await move("tarik", permintaan, request)
+        return await move("tarik", request, permintaan, idempotency_key)
 
     for endpoint in (tabung, tarik):
         path = f"/{endpoint.__name__}"
@@ -258,12 +258,4 @@ def create_app(teller: Teller, relay: Relay, pin: PinCheck, request_timeout: int
             return {"status": "ok"}
         return JSONResponse({"remark": "PostgreSQL tidak menjawab atau antrean penuh."}, 503)
 
-    def openapi() -> dict[str, Any]:
-        if not app.openapi_schema:
-            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            schema["components"]["securitySchemes"] = {"PIN": {"type": "http", "scheme": "basic"}}
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
     return app
