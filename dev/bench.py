@@ -641,7 +641,7 @@ def report(run: Run) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dev.bench", description=__doc__)
     parser.add_argument("--seconds", type=int, default=2, help="of each load (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument("--accounts", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[""], metavar="LOAD", help="loads whose names begin so")
     parser.add_argument("--long", action="store_true", help="memory after 1,000,000 movements, 2 workers")

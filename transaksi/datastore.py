@@ -9,7 +9,6 @@ from datetime import datetime, timedelta
 from typing import Any, get_args
 
 from sqlalchemy import (
-    ARRAY,
     BigInteger,
     Connection,
     ForeignKey,
@@ -17,7 +16,6 @@ from sqlalchemy import (
     Interval,
     Row,
     Text,
-    any_,
     bindparam,
     case,
     func,
@@ -90,34 +88,16 @@ class Outbox(Base):
     transaksi: Mapped[Transaksi] = relationship(back_populates="outbox")
 
 
-def rows(**columns: Any) -> Any:
-    """A table of parameters, an array a column: many rows for one round trip and one plan."""
-    arrays = (bindparam(f"all_{name}", type_=ARRAY(kind)) for name, kind in columns.items())
-    table = func.unnest(*arrays).table_valued(*columns, with_ordinality="urutan")
-    return table.render_derived(name="baris")
-
-
 # ---------------------------------------------------------------- teller
 
-_LOCK = (
-    select(Rekening.no_rekening, Rekening.saldo)
-    .where(Rekening.no_rekening == any_(bindparam("all_no_rekening", type_=ARRAY(Text))))
-    .order_by(Rekening.no_rekening)  # the one order in which all tellers lock: no deadlock
-    .with_for_update(key_share=True)  # FOR NO KEY UPDATE: mutasi's foreign key may go on reading
-)
-_keys = rows(no_rekening=Text, idempotency_key=Text)
-_FIND_KEYS = select(
-    Transaksi.id,
-    Transaksi.no_rekening,
-    Transaksi.idempotency_key,
-    Transaksi.jenis_transaksi,
-    Transaksi.nominal,
-    Transaksi.saldo_akhir,
-).join_from(
-    _keys,
-    Transaksi,
-    (Transaksi.no_rekening == _keys.c.no_rekening) & (Transaksi.idempotency_key == _keys.c.idempotency_key),
-)
+# In one order, the same for all tellers: no deadlock. NO KEY, so that mutasi's foreign key may go on reading.
+_LOCK = text("""
+    SELECT no_rekening, saldo FROM rekening WHERE no_rekening = ANY (:no_rekening)
+    ORDER BY no_rekening FOR NO KEY UPDATE""")
+_FIND_KEYS = text("""
+    SELECT id, no_rekening, idempotency_key, jenis_transaksi, nominal, saldo_akhir
+    FROM transaksi JOIN unnest(:no_rekening, :idempotency_key) AS dicari(no_rekening, idempotency_key)
+    USING (no_rekening, idempotency_key)""")
 # One statement, one round trip. The ids follow the order of the commands, and so do the traceparents.
 _RECORD = text("""
     WITH tercatat AS (
@@ -138,8 +118,7 @@ _RECORD = text("""
 
 def lock_saldo(connection: Connection, no_rekening: Iterable[str]) -> dict[str, int]:
     """Lock these accounts' rows until the transaction ends; their balances, without those that do not exist."""
-    found = connection.execute(_LOCK, {"all_no_rekening": list(no_rekening)})
-    return {row.no_rekening: row.saldo for row in found}
+    return dict(connection.execute(_LOCK, {"no_rekening": list(no_rekening)}).all())
 
 
 def find_keys(connection: Connection, kunci: Sequence[Kunci]) -> dict[Kunci, Gerakan]:
@@ -149,8 +128,7 @@ def find_keys(connection: Connection, kunci: Sequence[Kunci]) -> dict[Kunci, Ger
     during the wait for the lock.
     """
     accounts, keys = zip(*kunci, strict=True)
-    wanted = {"all_no_rekening": list(accounts), "all_idempotency_key": list(keys)}
-    found = connection.execute(_FIND_KEYS, wanted)
+    found = connection.execute(_FIND_KEYS, {"no_rekening": list(accounts), "idempotency_key": list(keys)})
     return {
         (row.no_rekening, row.idempotency_key): Gerakan(
             Perintah(row.jenis_transaksi, row.no_rekening, row.nominal, row.idempotency_key),
