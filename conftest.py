@@ -118,9 +118,9 @@ class Servers:
 
 def log_lines(service: Service, message: str = "(?s).*") -> list[dict[str, Any]]:
     """What a service has logged since its last start, where the message matches."""
-    with service.log.open() as log:
+    with service.log.open("rb") as log:
         log.seek(service.log_start)
-        entries = [json.loads(line) for line in log]
+        entries = [json.loads(line) for line in log if line.startswith(b"{") and line.endswith(b"}\n")]
     return [entry for entry in entries if re.fullmatch(message, entry["message"])]
 
 
@@ -162,17 +162,11 @@ def new_servers() -> Iterator[Servers]:
     with TemporaryDirectory(prefix="tabungan-test-") as made:
         directory = Path(made)
         directory.chmod(0o711)  # run by root, PostgreSQL is another user
-        started = Servers(directory, Postgres(directory / "postgres"), Redis(directory / "redis"))
-        try:
-            started.postgres.start()
-            started.redis.start()
-            yield started
+        with Postgres(directory / "postgres") as postgres, Redis(directory / "redis") as redis:
+            yield Servers(directory, postgres, redis)
             for log in (log for name in ("transaksi", "mutasi") for log in directory.glob(f"{name}-*.log")):
                 for line in log.read_text().splitlines():
                     assert not (flaw := flaw_of(line)), f"{flaw} in a log line of {log.stem}: {line}"
-        finally:
-            started.redis.stop()
-            started.postgres.stop()
 
 
 @pytest.fixture(scope="session")
@@ -189,14 +183,8 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     servers: Servers = request.getfixturevalue("servers")
     transaksi = servers.service("transaksi", "--workers", "2", "--max-pin-failures", "1000000")
-    mutasi = servers.service("mutasi")
-    try:
-        transaksi.start()
-        mutasi.start()
+    with servers.service("mutasi"), transaksi:
         yield transaksi.url
-    finally:
-        transaksi.stop()
-        mutasi.stop()
 
 
 @pytest.fixture

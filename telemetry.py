@@ -72,7 +72,7 @@ class JsonLines(logging.Handler):
                 lines = b""
                 if self._dropped:
                     count, self._dropped = self._dropped, 0
-                    log.warning("log lines dropped: stdout is too slow", extra={"jumlah": count})
+                    log.warning("log lines dropped", extra={"jumlah": count})
                 time.sleep(0.02)  # lets lines gather: to wake a thread for each costs more than the line
         _to_stdout(lines)
 

@@ -40,7 +40,7 @@ import sqlalchemy
 from fastapi import FastAPI
 
 from dev.local import HOST, ROOT, Postgres, Redis, Server, Service, data_directory, inherited_environment
-from settings import STREAM
+from servers import STREAM
 from transaksi.api import Permintaan, Saldo
 from transaksi.app import MAX_NOMINAL
 from transaksi.datastore import Rekening, Transaksi
@@ -289,8 +289,7 @@ class Bank:
 
     def start(self, *servers: Server) -> None:
         for server in servers:
-            self._stack.callback(server.stop)
-            server.start()
+            self._stack.enter_context(server)
 
     def open(self) -> None:
         """Start everything and open the accounts; their customers are still unknown to transaksi."""

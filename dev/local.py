@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
@@ -169,6 +169,13 @@ class Server:
                 os.killpg(self.pid, SIGKILL)
             self._process.wait()
         return int(self._process.returncode)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self._patience

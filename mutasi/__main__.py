@@ -2,13 +2,15 @@
 
 import logging
 import signal
+import sys
 import tempfile
 from pathlib import Path
 from threading import Event
 
 from mutasi.api import consume
 from mutasi.datastore import Stream
-from settings import Parser, Settings, open_postgres, open_redis, spare_gc, wait_for, whole
+from servers import open_postgres, open_redis, wait_for
+from settings import Parser, Settings, spare_gc, whole
 
 log = logging.getLogger("mutasi")
 
@@ -32,6 +34,7 @@ def main() -> None:
         idle_in_transaction_session_timeout=10_000,
     )
     redis = open_redis(settings)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a container's process 1 has no such default
     wait_for("PostgreSQL", lambda: engine.connect().close())
     wait_for("Redis", redis.ping)
     stopping = Event()

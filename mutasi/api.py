@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from mutasi.app import set_aside, store
 from mutasi.datastore import Entry, Jenis, Pesan, Stream
-from settings import Outage
+from servers import Outage
 
 log = logging.getLogger(__name__)
 

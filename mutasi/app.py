@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from mutasi import datastore
 from mutasi.datastore import Entry, Pesan, Stream
-from settings import STREAM, data_refused, describe
+from servers import STREAM, data_refused, describe
 from telemetry import batch_span, business, messaging, trace_of
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import ENUM, TIMESTAMP, insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeEngine
 
-from settings import STREAM
+from servers import STREAM
 
 DEAD_LETTER = f"{STREAM}:dead-letter"
 MAX_DEAD_LETTERS = 10_000

@@ -253,21 +253,16 @@ def test_chunks_without_end_are_cut_off_by_their_size(url: str) -> None:
 
 
 def test_a_payload_that_stalls_is_cut_off_at_the_time_limit(servers: Servers) -> None:
-    service = servers.service("transaksi", "--request-timeout", "1")
-    service.start()
-
     def stall(framing: Header) -> tuple[int, str]:
         answer = Answer(service.url, head([JSON, AUTH, framing]) + b'5\r\n{"no_')
         return answer.status, answer.remark
 
-    try:
+    with servers.service("transaksi", "--request-timeout", "1") as service, ThreadPoolExecutor() as clients:
         started = time.monotonic()
-        with ThreadPoolExecutor() as clients:
-            answers = list(clients.map(stall, [CHUNKED, (b"Content-Length", b"99")]))
+        answers = list(clients.map(stall, [CHUNKED, (b"Content-Length", b"99")]))
         assert answers == [(408, TERLAMBAT)] * 2
         assert 1 <= time.monotonic() - started < 5  # the default limit
         assert ask(service.url, [JSON, AUTH], OK).status == 200
-    finally:
         assert service.stop() == 0
 
 

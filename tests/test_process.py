@@ -12,14 +12,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from errno import EADDRINUSE
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy
+from sqlalchemy.pool import NullPool
 
+import mutasi.datastore
+import transaksi.datastore
 from conftest import PIN_HASH, Nasabah, Servers, eventually, flaw_of, log_lines, new_servers
 from dev.local import HOST, ROOT, Redis, Service, free_port
 from mutasi.__main__ import main as start_mutasi
@@ -46,14 +50,11 @@ class Unawaited(Service):
 @contextmanager
 def running(*services: Service) -> Iterator[None]:
     """Run services that must stop in good order."""
-    try:
+    with ExitStack() as stack:
         for service in services:
-            service.start()
+            stack.enter_context(service)
         yield
         assert [service.stop(timeout=8) for service in services] == [0] * len(services)
-    finally:
-        for service in services:
-            service.stop()
 
 
 def lines_of_one_that_gives_up(service: Service) -> list[dict[str, Any]]:
@@ -249,12 +250,8 @@ def test_a_server_that_does_not_come_is_waited_for_and_then_one_clear_line(
 @pytest.mark.parametrize("name", OF)
 def test_one_that_still_waits_may_be_stopped(servers: Servers, name: str) -> None:
     service = Unawaited(name, servers.postgres, servers.redis, "--db-name", "lain", directory=servers.directory)
-    service.start()
-    try:
+    with running(service):
         eventually(lambda: log_lines(service, "waiting for PostgreSQL"))
-        assert service.stop(timeout=8) == 0
-    finally:
-        service.stop()
 
 
 @pytest.mark.parametrize("name", OF)
@@ -263,28 +260,37 @@ def test_a_server_that_is_merely_late_is_waited_for(servers: Servers, name: str)
     late = servers.postgres if name == "transaksi" else servers.redis
     late.stop()
     try:
-        service.start()
-        eventually(lambda: log_lines(service, f"waiting for {late.name}"))
-        late.start()
-        eventually(lambda: log_lines(service, "Application startup complete.|started"))
-        assert service.stop(timeout=8) == 0
+        with running(service):
+            eventually(lambda: log_lines(service, f"waiting for {late.name}"))
+            late.start()
+            eventually(lambda: log_lines(service, "Application startup complete.|started"))
     finally:
-        service.stop()
         if not late.running:
             late.start()
 
 
 def test_redis_may_be_without_a_password(servers: Servers) -> None:
-    redis = Redis(servers.directory / "open", None, "--requirepass", "")
-    redis.start()
-    try:
+    with Redis(servers.directory / "open", None, "--requirepass", "") as redis:
         mutasi = Service(
             "mutasi", servers.postgres, redis, directory=servers.directory, environment={"REDIS_PASSWORD": ""}
         )
         with running(mutasi):
             assert [entry["level"] for entry in log_lines(mutasi)] == ["INFO", "INFO"]
-    finally:
-        redis.stop()
+
+
+@pytest.mark.parametrize("mapped", [transaksi.datastore.Base, mutasi.datastore.Base])
+def test_the_mapped_classes_say_what_init_sql_says(servers: Servers, mapped: Any) -> None:
+    def columns(table: sqlalchemy.Table) -> dict[str, Any]:
+        return {c.name: (c.type.python_type, c.nullable, c.primary_key) for c in table.columns}
+
+    found = sqlalchemy.MetaData()
+    engine = sqlalchemy.create_engine(servers.postgres.url().replace("://", "+psycopg2://"), poolclass=NullPool)
+    found.reflect(engine)
+    for table in mapped.metadata.sorted_tables:
+        assert columns(table) == columns(found.tables[table.name])
+        assert {f.target_fullname for f in table.foreign_keys} <= {
+            f.target_fullname for f in found.tables[table.name].foreign_keys
+        }
 
 
 # ---------------------------------------------------------------- what is written

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -21,9 +22,10 @@ from psycopg2.errors import FeatureNotSupported, InsufficientPrivilege
 from redis.exceptions import RedisError
 from sqlalchemy import Engine
 
-from conftest import PIN, Database, Nasabah, Servers, eventually, new_servers
+from conftest import PIN, Database, Nasabah, Servers, eventually, log_lines, new_servers
 from dev.local import HOST, Service
-from settings import Settings, describe, open_postgres
+from servers import describe, open_postgres
+from settings import Settings
 from transaksi import pin as pin_module
 from transaksi.app import Unavailable
 from transaksi.pin import FLOOR_S, THREADS, NotAuthenticated, PinCheck
@@ -48,12 +50,8 @@ def database(servers: Servers) -> Database:
 @pytest.fixture(scope="module")
 def transaksi(servers: Servers) -> Iterator[Service]:
     """Two workers with the limits as they are by default."""
-    service = servers.service("transaksi", "--workers", "2")
-    try:
-        service.start()
+    with servers.service("transaksi", "--workers", "2") as service:
         yield service
-    finally:
-        service.stop()
 
 
 @pytest.fixture
@@ -62,22 +60,15 @@ def start(servers: Servers) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def started(name: str, *arguments: str) -> Service:
-            service = servers.service(name, *arguments)
-            stack.callback(service.stop)
-            service.start()
-            return service
+            return stack.enter_context(servers.service(name, *arguments))
 
         yield started
 
 
 @pytest.fixture(scope="module")
 def mutasi(servers: Servers) -> Iterator[Service]:
-    service = servers.service("mutasi")
-    try:
-        service.start()
+    with servers.service("mutasi") as service:
         yield service
-    finally:
-        service.stop()
 
 
 @pytest.fixture
@@ -347,9 +338,9 @@ def verdicts(check: PinCheck, *credentials: tuple[str, str]) -> list[str]:
     async def all_of_them() -> list[str]:
         said = []
         for no_rekening, pin in credentials:
-            now = time.monotonic()
+            deadline = asyncio.get_running_loop().time() + 30
             try:
-                await check.check(no_rekening, pin.encode(), now, now + 30)
+                await check.check(no_rekening, pin.encode(), time.monotonic(), deadline)
                 said.append("in")
             except (NotAuthenticated, Unavailable) as refusal:
                 said.append(str(refusal))
@@ -450,6 +441,20 @@ def test_guesses_under_way_do_not_spoil_the_end(start: Start) -> None:
     eventually(lambda: "unknown account" in told())
     assert transaksi.stop(timeout=8) == 0
     thread.join()
+
+
+def test_a_check_that_hangs_at_the_end_is_answered(
+    start: Start, nasabah: Counter, database: Database, account: str
+) -> None:
+    transaksi = start("transaksi", "--request-timeout", "10")
+    connection = psycopg2.connect(database.server.url())
+    with closing(connection), connection.cursor() as cursor, ThreadPoolExecutor() as pool:
+        cursor.execute("LOCK TABLE kredensial")
+        asking = pool.submit(nasabah(transaksi.url, account).tabung, 1)
+        eventually(lambda: database("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        assert transaksi.stop(timeout=8) == 0
+        assert (asking.result().status_code, asking.result().headers["retry-after"]) == (503, "1")
+    assert not log_lines(transaksi, "(?s)Exception.*")
 
 
 @pytest.mark.parametrize("start_line", [b"POST /tabung HTTP/1.1\r\n", b"POST /tabung HTTP/1.1\r\nX: ", b"POST /"])

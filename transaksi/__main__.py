@@ -2,13 +2,15 @@
 
 import logging
 import signal
+import sys
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
-from settings import Parser, Settings, open_postgres, open_redis, spare_gc, wait_for, whole
+from servers import open_postgres, open_redis, wait_for
+from settings import Parser, Settings, spare_gc, whole
 from transaksi.api import create_app
 from transaksi.pin import THREADS, PinCheck
 from transaksi.relay import Relay
@@ -63,18 +65,8 @@ def read_settings() -> TransaksiSettings:
     option("--lock-minutes", whole(1, 10_000), 15, "minutes an account stays locked")
     option("--request-timeout", whole(1, 60), 5, "seconds after which a request is answered at the latest")
     option("--max-queue", whole(1, 100_000), 1000, "requests that may wait in a process, the surplus gets 503")
-    option(
-        "--max-stream",
-        whole(1, 10_000_000),
-        100_000,
-        "stream entries past which movements wait in PostgreSQL",
-    )
-    option(
-        "--reconcile-after",
-        whole(2, 86_400),
-        60,
-        "seconds after which a movement without mutation is sent again",
-    )
+    option("--max-stream", whole(1, 10_000_000), 100_000, "stream entries past which movements wait in PostgreSQL")
+    option("--reconcile-after", whole(2, 86_400), 60, "seconds after which a movement without mutation is sent again")
     return parser.settings(TransaksiSettings())
 
 
@@ -107,6 +99,7 @@ def worker() -> FastAPI:
 def main() -> None:
     settings = read_settings()
     log.info("starting", extra=settings.shown())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a container's process 1 has no such default
     wait_for("PostgreSQL", lambda: open_postgres(settings, pool_size=1).connect().close())
     config = uvicorn.Config(
         build(settings) if settings.workers == 1 else "transaksi.__main__:worker",

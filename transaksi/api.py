@@ -48,7 +48,7 @@ from transaksi.teller import Teller
 log = logging.getLogger(__name__)
 
 MAX_BODY = 4096
-KEY_FORM = re.compile(rb"[ -~]{1,255}")
+MAX_KEY, PRINTABLE = 255, "^[ -~]+$"
 JSON = re.compile(rb"application/([^;]+\+)?json\s*(;.*)?", re.IGNORECASE)
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # operator pages, no customer data
 
@@ -73,8 +73,8 @@ Key = Annotated[
         alias="Idempotency-Key",
         description="Makes repeating safe: the same key moves the money once",
         min_length=1,
-        max_length=255,
-        pattern="^[ -~]+$",
+        max_length=MAX_KEY,
+        pattern=PRINTABLE,
     ),
 ]
 
@@ -94,8 +94,8 @@ class PinMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        arrived = time.monotonic()  # the event loop's clock too
-        scope["arrived"], scope["deadline"] = arrived, arrived + self._request_timeout
+        scope["arrived"] = time.monotonic()
+        scope["deadline"] = asyncio.get_running_loop().time() + self._request_timeout
         scope["context"] = {"path": scope["path"][:100]}
         try:
             if scope["path"] not in OPEN_PATHS:
@@ -144,10 +144,10 @@ async def payload(request: Request) -> Permintaan:
 
 def idempotency_key(request: Request) -> str | None:
     """The request's key, if it has one; raises `RequestValidationError` for a bad one and for two."""
-    keys = header(request.scope, b"idempotency-key")
-    if len(keys) > 1 or not all(KEY_FORM.fullmatch(key) for key in keys):
+    keys = [value.decode("latin-1") for value in header(request.scope, b"idempotency-key")]
+    if len(keys) > 1 or not all(len(key) <= MAX_KEY and re.fullmatch(PRINTABLE, key) for key in keys):
         raise RequestValidationError([{"loc": ("header", "idempotency-key")}])
-    return keys[0].decode() if keys else None
+    return keys[0] if keys else None
 
 
 class MovementRoute(APIRoute):

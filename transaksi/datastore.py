@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any, get_args
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Connection,
     ForeignKey,
@@ -16,6 +17,7 @@ from sqlalchemy import (
     Interval,
     Row,
     Text,
+    any_,
     bindparam,
     case,
     func,
@@ -90,10 +92,12 @@ class Outbox(Base):
 
 # ---------------------------------------------------------------- teller
 
-# In one order, the same for all tellers: no deadlock. NO KEY, so that mutasi's foreign key may go on reading.
-_LOCK = text("""
-    SELECT no_rekening, saldo FROM rekening WHERE no_rekening = ANY (:no_rekening)
-    ORDER BY no_rekening FOR NO KEY UPDATE""")
+_LOCK = (
+    select(Rekening.no_rekening, Rekening.saldo)
+    .where(Rekening.no_rekening == any_(bindparam("semua", type_=ARRAY(Text))))
+    .order_by(Rekening.no_rekening)  # the one order in which all tellers lock: no deadlock
+    .with_for_update(key_share=True)  # FOR NO KEY UPDATE, as the balance's own update: foreign keys may go on reading
+)
 _FIND_KEYS = text("""
     SELECT id, no_rekening, idempotency_key, jenis_transaksi, nominal, saldo_akhir
     FROM transaksi JOIN unnest(:no_rekening, :idempotency_key) AS dicari(no_rekening, idempotency_key)
@@ -118,7 +122,7 @@ _RECORD = text("""
 
 def lock_saldo(connection: Connection, no_rekening: Iterable[str]) -> dict[str, int]:
     """Lock these accounts' rows until the transaction ends; their balances, without those that do not exist."""
-    return dict(connection.execute(_LOCK, {"no_rekening": list(no_rekening)}).all())
+    return dict(connection.execute(_LOCK, {"semua": list(no_rekening)}).all())
 
 
 def find_keys(connection: Connection, kunci: Sequence[Kunci]) -> dict[Kunci, Gerakan]:

@@ -25,7 +25,7 @@ from cachetools import TTLCache
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from settings import describe
+from servers import describe
 from telemetry import masked
 from transaksi import datastore
 from transaksi.app import Unavailable
@@ -91,7 +91,7 @@ class PinCheck:
             thread.join(max(0, deadline - time.monotonic()))
 
     async def check(self, no_rekening: str, pin: bytes, arrived: float, deadline: float) -> None:
-        """Return if the PIN is the account's. Times are of time.monotonic(), in seconds.
+        """Return if the PIN is the account's. `arrived` is of time.monotonic(), `deadline` of the event loop's clock.
 
         Raises `NotAuthenticated`, and `Unavailable` where it cannot be told by `deadline`.
         """
@@ -99,21 +99,23 @@ class PinCheck:
         secret = hashlib.blake2b(b"%s:%s" % (no_rekening.encode(), pin), key=self._key).digest()
         if secret in self._remembered:
             return
+        task = self._check_once(secret, no_rekening, pin)
         try:
             async with asyncio.timeout_at(deadline):
-                verdict = await asyncio.shield(self._check_once(secret, no_rekening, pin))
-        except TimeoutError:
+                verdict = await asyncio.shield(task) if task else UNAVAILABLE
+            if verdict != RIGHT:
+                await asyncio.sleep(arrived + FLOOR_S - time.monotonic())
+        except (TimeoutError, asyncio.CancelledError):  # or the server is stopping
             raise Unavailable from None
         if verdict != RIGHT:
-            await asyncio.sleep(arrived + FLOOR_S - time.monotonic())
             raise Unavailable if verdict == UNAVAILABLE else NotAuthenticated(verdict)
 
-    def _check_once(self, secret: bytes, no_rekening: str, pin: bytes) -> "asyncio.Future[str]":
-        """The check of these credentials that is under way, or a new one."""
+    def _check_once(self, secret: bytes, no_rekening: str, pin: bytes) -> asyncio.Task[str] | None:
+        """The check of these credentials that is under way, or a new one; None where too many are."""
         if task := self._running.get(secret):
             return task
         if len(self._running) >= MAX_CHECKS:
-            return _done(UNAVAILABLE)
+            return None
         task = self._running[secret] = asyncio.create_task(self._check(secret, no_rekening, pin))
         task.add_done_callback(lambda _: self._running.pop(secret))
         return task
@@ -161,12 +163,6 @@ class PinCheck:
             if datastore.pin_wrong(connection, no_rekening, self._max_failures, self._locked_for):
                 log.warning("account locked", extra={"no_rekening": masked(no_rekening)})
         return "wrong PIN"
-
-
-def _done(verdict: str) -> "asyncio.Future[str]":
-    future = asyncio.get_running_loop().create_future()
-    future.set_result(verdict)
-    return future
 
 
 def _settle(future: "asyncio.Future[str]", verdict: str) -> None:

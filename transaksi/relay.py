@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import Engine, Row
 from sqlalchemy.exc import DBAPIError
 
-from settings import STREAM, Outage
+from servers import STREAM, Outage
 from telemetry import business, messaging, trace_of, traceparent
 from transaksi import datastore
 
@@ -46,7 +46,7 @@ class Relay:
         self._told: set[int] = set()
         self._next_reconcile = 0.0
         self._full = False
-        self._stopping = False
+        self._stopping = threading.Event()
         self._woken = threading.Event()
         self._outage = Outage(log, "the way to the stream")
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
@@ -60,26 +60,27 @@ class Relay:
 
     def stop(self) -> None:
         """Hand over what is there, then end; what cannot be handed over within 1 s stays in the outbox."""
-        self._stopping = True
+        self._stopping.set()
         self.wake()
         self._thread.join(timeout=1)
 
     def _run(self) -> None:
         pause = 0.0
         while True:
-            stopping = self._stopping  # read before the last turn, not after it
+            stopping = self._stopping.is_set()  # read before the last turn, not after it
             try:
                 handed_over = self._hand_over() if self._room() else 0
                 self._reconcile()
                 self._outage.end()
-                pause = POLL_S
+                pause = 0.0
             except (DBAPIError, RedisError) as error:
                 self._outage.begin(error)
                 handed_over, pause = 0, min(pause + POLL_S, 5.0)
+                self._stopping.wait(pause)
             if stopping and not handed_over:
                 return
-            if handed_over < BATCH and not self._stopping:
-                self._woken.wait(pause)
+            if handed_over < BATCH and not stopping:
+                self._woken.wait(POLL_S)
                 self._woken.clear()
                 time.sleep(GATHER_S)
 
@@ -100,6 +101,7 @@ class Relay:
                     for row in rows:
                         pipe.xadd(STREAM, _message(row, spans))
                     pipe.execute()
+                log.debug("batch handed to the stream", extra={"jumlah": len(rows)})
         return len(rows)
 
     def _reconcile(self) -> None:
@@ -158,5 +160,4 @@ def _message(row: Row[Any], spans: ExitStack) -> dict[Any, Any]:
         spans.callback(span.end)
         with trace.use_span(span):
             message["traceparent"] = traceparent() or row.traceparent
-            log.debug("movement handed to the stream", extra=business(row))
     return message

@@ -17,7 +17,7 @@ from opentelemetry import trace
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from settings import Outage, data_refused, describe, sqlstate
+from servers import Outage, data_refused, describe, sqlstate
 from telemetry import batch_span
 from transaksi import datastore
 from transaksi.app import Ditolak, Gerakan, Hasil, Perintah, Ulangan, Unavailable, Unknown, decide
@@ -41,7 +41,6 @@ class Ticket:
     perintah: Perintah
     future: asyncio.Future[Gerakan | Ulangan]
     taken: bool = False
-    withdrawn: bool = False
 
 
 class Teller:
@@ -86,8 +85,7 @@ class Teller:
             if not ticket.future.cancelled():  # the answer came at the same moment
                 return ticket.future.result()
             with self._claim:
-                ticket.withdrawn = not ticket.taken
-            raise Unavailable if ticket.withdrawn else Unknown from None
+                raise (Unknown if ticket.taken else Unavailable) from None
 
     async def can_serve(self) -> bool:
         """Whether a command could be carried out now. One probe serves all who ask meanwhile: anybody may ask, and
@@ -122,7 +120,7 @@ class Teller:
         while waiting[-1] and len(waiting) < BATCH and not self._queue.empty():
             waiting.append(self._queue.get())
         with self._claim:
-            batch = [t for t in waiting if t and not t.withdrawn and not t.future.done()]
+            batch = [t for t in waiting if t and not t.future.done()]
             for ticket in batch:
                 ticket.taken = True
         return batch, waiting[-1] is None
