@@ -226,20 +226,22 @@ _OUTBOX_AGE = text("""
     FROM outbox JOIN transaksi ON id = id_transaksi ORDER BY id_transaksi LIMIT 1""")
 _RECONCILE = text("""
     WITH jendela AS MATERIALIZED (
-        SELECT t.id, m.id_transaksi IS NULL AS hilang,
-            (m.jenis_transaksi, m.nominal, m.tanggal_transaksi)
+        SELECT id, jenis_transaksi, nominal, tanggal_transaksi FROM transaksi WHERE id = ANY ((:missing)::bigint[])
+        UNION ALL (
+            SELECT id, jenis_transaksi, nominal, tanggal_transaksi FROM transaksi
+            WHERE id > :checked AND tanggal_transaksi < clock_timestamp() - make_interval(secs => :after)
+            ORDER BY id LIMIT greatest(:window - cardinality((:missing)::bigint[]), 0))),
+    banding AS MATERIALIZED (
+        SELECT id, m.id_transaksi IS NULL AS hilang, (m.jenis_transaksi, m.nominal, m.tanggal_transaksi)
             IS DISTINCT FROM (t.jenis_transaksi, t.nominal, t.tanggal_transaksi) AS beda
-        FROM transaksi t LEFT JOIN mutasi m ON m.id_transaksi = t.id
-        WHERE t.id > :checked
-            AND t.tanggal_transaksi < clock_timestamp() - make_interval(secs => :after)
-        ORDER BY t.id LIMIT :window),
+        FROM jendela t LEFT JOIN LATERAL (SELECT * FROM mutasi WHERE id_transaksi = t.id LIMIT 1) m ON true),
     kembali AS (
-        INSERT INTO outbox (id_transaksi) SELECT id FROM jendela WHERE hilang ORDER BY id
+        INSERT INTO outbox (id_transaksi) SELECT id FROM banding WHERE hilang ORDER BY id
         ON CONFLICT DO NOTHING)
-    SELECT coalesce(min(id) FILTER (WHERE hilang) - 1, max(id), :checked) AS checked,
-        max(id) AS last, count(*) = :window AS full, count(*) FILTER (WHERE hilang) AS hilang,
-        array_agg(id) FILTER (WHERE beda AND NOT hilang) AS beda
-    FROM jendela""")
+    SELECT greatest(max(id), :checked) AS checked, count(*) >= :window AS full,
+        coalesce(array_agg(id ORDER BY id) FILTER (WHERE hilang), '{}') AS missing,
+        coalesce(array_agg(id ORDER BY id) FILTER (WHERE beda AND NOT hilang), '{}') AS beda
+    FROM banding""")
 
 
 def take_outbox(connection: Connection, limit: int) -> Sequence[Row[Any]]:
@@ -252,14 +254,14 @@ def outbox_age(connection: Connection) -> float:
     return connection.scalar(_OUTBOX_AGE) or 0.0
 
 
-def reconcile(connection: Connection, checked: int, after_s: int) -> Row[Any] | None:
+def reconcile(connection: Connection, checked: int, missing: Sequence[int], after_s: int) -> Row[Any] | None:
     """Put movements without a mutation row back into the outbox; None while another relay is at it.
 
-    Looks at a window of journal rows after id `checked`, older than `after_s` seconds. Gives the new `checked`
-    (every movement from the old one up to it has its mutation row), how many were missing (`hilang`), the ids whose
-    mutation row says something else than the journal (`beda`, or None), the window's `last` id, and whether it was
-    `full`.
+    Looks at those that were `missing`, and at a window of journal rows after id `checked` that are older than
+    `after_s` seconds. Gives the new `checked` and `missing`, the ids whose mutation row says something else than the
+    journal (`beda`), and whether the window was `full`.
     """
     if not connection.scalar(select(func.pg_try_advisory_xact_lock(RECONCILE_LOCK))):
         return None
-    return connection.execute(_RECONCILE, {"checked": checked, "after": after_s, "window": RECONCILE_WINDOW}).one()
+    found = {"checked": checked, "missing": list(missing), "after": after_s, "window": RECONCILE_WINDOW}
+    return connection.execute(_RECONCILE, found).one()

@@ -8,6 +8,7 @@ a crash in between sends them twice, which the consumer knows to ignore. Whateve
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,9 +42,8 @@ class Relay:
         self._redis = redis
         self._max_stream = max_stream
         self._reconcile_after = reconcile_after
-        self._checked = 0  # every movement up to this id has its mutation
-        self._look_from = 0
-        self._told: set[int] = set()
+        self._checked = 0  # every movement up to this id has its mutation, but for the missing
+        self._missing: Sequence[int] = ()
         self._next_reconcile = 0.0
         self._full = False
         self._stopping = threading.Event()
@@ -113,22 +113,18 @@ class Relay:
         with self._engine.begin() as connection:
             if self._stream_age() > late or datastore.outbox_age(connection) > late:
                 return
-            found = datastore.reconcile(connection, self._look_from, self._reconcile_after)
+            found = datastore.reconcile(connection, self._checked, self._missing, self._reconcile_after)
         if found is None:  # another relay is at it
             return
-        if beda := set(found.beda or ()) - self._told:
-            self._told |= beda
+        self._checked, self._missing = found.checked, found.missing
+        if found.beda:
             log.critical(
                 "audit difference: the mutation book says something else than the journal",
-                extra={"id_transaksi": sorted(beda)},
+                extra={"id_transaksi": found.beda},
             )
-        if found.hilang:
-            log.warning("movements without mutation sent again", extra={"jumlah": found.hilang})
+        if found.missing:
+            log.warning("movements without mutation sent again", extra={"jumlah": len(found.missing)})
             self.wake()
-        if self._look_from == self._checked:
-            self._checked = found.checked
-        # On to the next window, even past a movement that cannot be booked; after the last one from the start again.
-        self._look_from = found.last if found.full else self._checked
         if found.full:
             self._next_reconcile = 0.0
 
