@@ -165,12 +165,7 @@ def percentiles(latencies: Iterable[float]) -> Figure:
 
 
 def fire(
-    port: int,
-    requests: Sequence[bytes],
-    connections: int,
-    seconds: float,
-    rate: float = 0,
-    limit: int | None = None,
+    port: int, requests: Sequence[bytes], connections: int, seconds: float, rate: float = 0, limit: int | None = None
 ) -> Shots:
     """Keep `connections` busy for `seconds` or `limit` requests, cycling over those given.
 

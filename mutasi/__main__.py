@@ -27,11 +27,7 @@ def main() -> None:
     settings = parser.settings(MutasiSettings())
     log.info("starting", extra=settings.shown())
     engine = open_postgres(
-        settings,
-        pool_size=1,
-        statement_timeout=10_000,
-        lock_timeout=5_000,
-        idle_in_transaction_session_timeout=10_000,
+        settings, pool_size=1, statement_timeout=10_000, lock_timeout=5_000, idle_in_transaction_session_timeout=10_000
     )
     redis = open_redis(settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a container's process 1 has no such default

@@ -196,8 +196,7 @@ def test_64_clients_on_one_account_leave_a_journal_without_a_gap(database: Datab
     answers_are_true(database, load.sent)
     saldo = 0
     for jenis, nominal, saldo_akhir in database(
-        "SELECT jenis_transaksi, nominal, saldo_akhir FROM transaksi WHERE no_rekening = %s ORDER BY id",
-        account,
+        "SELECT jenis_transaksi, nominal, saldo_akhir FROM transaksi WHERE no_rekening = %s ORDER BY id", account
     ):
         saldo += nominal if jenis == "tabung" else -nominal
         assert saldo == saldo_akhir >= 0
@@ -589,18 +588,7 @@ def poison(good: dict[bytes, bytes]) -> list[tuple[dict[bytes, bytes], str]]:
         return good | {name.encode(): value for name, value in changed.items()}, expected
 
     invalid = {
-        "nominal": [
-            b"",
-            b"abc",
-            b"-5",
-            b"1.5",
-            b"1e3",
-            b" 1",
-            b"1\n",
-            "١٢".encode(),
-            b"9" * 14,
-            b"7" * 1_000_000,
-        ],
+        "nominal": [b"", b"abc", b"-5", b"1.5", b"1e3", b" 1", b"1\n", "١٢".encode(), b"9" * 14, b"7" * 1_000_000],
         "id_transaksi": [b"x", b"-1", b"9" * 19, b"\x00"],
         "no_rekening": [b"123", b"1" * 17, b"12345\x0067890", b"\xff\xfe34567890", b"1234567890\n"],
         "jenis_transaksi": [b"transfer", b"TABUNG", b"tabung ", b"\xc3\x28"],
@@ -683,10 +671,7 @@ def test_poison_is_set_aside_and_the_good_messages_around_it_arrive(
     ids=["privilege", "table"],
 )
 def test_what_an_operator_can_mend_is_no_poison(
-    database: Database,
-    stream: Any,
-    start: Start,
-    harm: tuple[str, str, str, str],
+    database: Database, stream: Any, start: Start, harm: tuple[str, str, str, str]
 ) -> None:
     break_it, mend_it, sqlstate, complaint = harm
     transaksi, mutasi = start("transaksi"), start("mutasi")

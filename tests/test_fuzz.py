@@ -25,15 +25,7 @@ def test_every_answer_to_whatever_comes_is_documented(
     no_rekening = database.open_account(10**9)
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG.format(no_rekening=no_rekening))
-    command = [
-        sys.executable,
-        "-m",
-        "schemathesis.cli",
-        "--config-file",
-        str(config),
-        "run",
-        f"{url}/openapi.json",
-    ]
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{url}/openapi.json"]
     options = ["--checks", "all", "--auth", f"{no_rekening}:{PIN}", "--max-examples", str(examples)]
     done = subprocess.run(
         [*command, *options, "--generation-database", "none", "--no-color"],

@@ -248,13 +248,7 @@ def test_every_401_is_the_same_and_none_comes_early_that_knows_the_account(
     locked = database.open_account()
     lock(database, locked)
     faces = []
-    for authorization in (
-        "",
-        "Basic",
-        "Bearer MTIzNDU2Nzg5MDoxMjM0NTY=",
-        "Basic !",
-        "Basic MTIzNDU2Nzg5MDoxMjM0NQ==",
-    ):
+    for authorization in ("", "Basic", "Bearer MTIzNDU2Nzg5MDoxMjM0NTY=", "Basic !", "Basic MTIzNDU2Nzg5MDoxMjM0NQ=="):
         headers = {"Authorization": authorization} if authorization else {}
         faces.append(httpx.post(f"{transaksi.url}/tabung", headers=headers))
     for no_rekening, pin in ((account, WRONG), ("9999999999", PIN), (locked, PIN), (locked, WRONG)):
@@ -265,10 +259,7 @@ def test_every_401_is_the_same_and_none_comes_early_that_knows_the_account(
     assert faces[0].headers["www-authenticate"] == 'Basic realm="transaksi", charset="UTF-8"'
     for face in faces:
         del face.headers["date"]
-        assert (face.headers.multi_items(), face.content) == (
-            faces[0].headers.multi_items(),
-            faces[0].content,
-        )
+        assert (face.headers.multi_items(), face.content) == (faces[0].headers.multi_items(), faces[0].content)
 
 
 # ---------------------------------------------------------------- the remembered check
@@ -350,12 +341,7 @@ def verdicts(check: PinCheck, *credentials: tuple[str, str]) -> list[str]:
 
 
 def test_no_account_and_pin_can_be_read_as_another_pair(check: PinCheck, database: Database) -> None:
-    pairs = [
-        ("1234567890", "123456"),
-        ("12345678901", "23456"),
-        ("123456789012", "3456"),
-        ("123456789", "0123456"),
-    ]
+    pairs = [("1234567890", "123456"), ("12345678901", "23456"), ("123456789012", "3456"), ("123456789", "0123456")]
     assert verdicts(check, *pairs) == ["in", *["unknown account"] * 3]
     assert failures(database, "1234567890") == (0, False)
 
@@ -561,13 +547,7 @@ def test_the_roles_are_nothing_but_that(servers: Servers, database: Database) ->
 @pytest.mark.parametrize("sqlstate", ["23514", "P0001"])
 @pytest.mark.parametrize("table", ["rekening", "kredensial", "transaksi", "outbox", "mutasi"])
 def test_no_database_error_tells_its_text(
-    transaksi: Service,
-    mutasi: Service,
-    servers: Servers,
-    database: Database,
-    account: str,
-    table: str,
-    sqlstate: str,
+    transaksi: Service, mutasi: Service, servers: Servers, database: Database, account: str, table: str, sqlstate: str
 ) -> None:
     told = told_from_now(transaksi, mutasi)
     leak = f"RAISE EXCEPTION 'bocor %%', NEW USING ERRCODE = '{sqlstate}', DETAIL = 'bocor ' || NEW::text"
@@ -607,12 +587,7 @@ INJECTIONS = [
 @pytest.mark.parametrize("text", INJECTIONS)
 @pytest.mark.usefixtures("mutasi")
 def test_sql_in_a_field_is_text(
-    transaksi: Service,
-    nasabah: Counter,
-    database: Database,
-    stream: Any,
-    account: str,
-    text: str,
+    transaksi: Service, nasabah: Counter, database: Database, stream: Any, account: str, text: str
 ) -> None:
     customer = nasabah(transaksi.url, account)
     assert customer.post("/tabung", 1, no_rekening=text).status_code == 400

@@ -167,11 +167,7 @@ def test_one_deposit_is_one_trace_from_the_request_to_the_mutation(
     chain = collector.chain(accepted["trace_id"])
     request, send, process = chain
     assert [s.service for s in chain] == ["transaksi", "transaksi", "mutasi"]
-    assert [s.span.kind for s in chain] == [
-        Span.SPAN_KIND_SERVER,
-        Span.SPAN_KIND_PRODUCER,
-        Span.SPAN_KIND_CONSUMER,
-    ]
+    assert [s.span.kind for s in chain] == [Span.SPAN_KIND_SERVER, Span.SPAN_KIND_PRODUCER, Span.SPAN_KIND_CONSUMER]
     assert [s.span.parent_span_id for s in chain] == [b"", request.span.span_id, send.span.span_id]
     for s in chain:
         assert s.span.start_time_unix_nano < s.span.end_time_unix_nano

@@ -21,27 +21,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from telemetry import flush, masked, traceparent
-from transaksi.app import (
-    MAX_NOMINAL,
-    MAX_SALDO,
-    Jenis,
-    Perintah,
-    Ulangan,
-    Unavailable,
-    authorize,
-)
+from transaksi.app import MAX_NOMINAL, MAX_SALDO, Jenis, Perintah, Ulangan, Unavailable, authorize
 from transaksi.pin import NotAuthenticated, PinCheck, parse
-from transaksi.refusals import (
-    CHALLENGE,
-    COBA_LAGI,
-    HANDLERS,
-    PIN_SALAH,
-    REFUSALS,
-    REMARKS,
-    RETRY,
-    answers,
-    refuse,
-)
+from transaksi.refusals import CHALLENGE, COBA_LAGI, HANDLERS, PIN_SALAH, REFUSALS, REMARKS, RETRY, answers, refuse
 from transaksi.relay import Relay
 from transaksi.teller import Teller
 

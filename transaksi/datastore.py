@@ -135,9 +135,7 @@ def find_keys(connection: Connection, kunci: Sequence[Kunci]) -> dict[Kunci, Ger
     found = connection.execute(_FIND_KEYS, {"no_rekening": list(accounts), "idempotency_key": list(keys)})
     return {
         (row.no_rekening, row.idempotency_key): Gerakan(
-            Perintah(row.jenis_transaksi, row.no_rekening, row.nominal, row.idempotency_key),
-            row.saldo_akhir,
-            row.id,
+            Perintah(row.jenis_transaksi, row.no_rekening, row.nominal, row.idempotency_key), row.saldo_akhir, row.id
         )
         for row in found
     }
