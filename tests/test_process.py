@@ -216,7 +216,7 @@ def test_a_missing_secret_is_one_clear_line(servers: Servers, name: str, missing
 
 
 IMPATIENT = (
-    "import runpy, settings, sys; settings.START_LIMIT_S = 0.1; sys.argv = sys.argv[2:]; "
+    "import runpy, servers, sys; servers.START_LIMIT_S = 0.1; sys.argv = sys.argv[2:]; "
     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )
 NOWHERE = str(free_port())
