@@ -50,14 +50,8 @@ class Saldo(BaseModel):
 
 
 Key = Annotated[
-    str | SkipJsonSchema[None],
-    Header(
-        alias="Idempotency-Key",
-        description="Makes repeating safe: the same key moves the money once",
-        min_length=1,
-        max_length=MAX_KEY,
-        pattern=PRINTABLE,
-    ),
+    Annotated[str, Field(min_length=1, max_length=MAX_KEY, pattern=PRINTABLE)] | SkipJsonSchema[None],
+    Header(alias="Idempotency-Key", description="Makes repeating safe: the same key moves the money once"),
 ]
 
 

@@ -228,7 +228,7 @@ _RECONCILE = text("""
         UNION ALL (
             SELECT id, jenis_transaksi, nominal, tanggal_transaksi FROM transaksi
             WHERE id > :checked AND tanggal_transaksi < clock_timestamp() - make_interval(secs => :after)
-            ORDER BY id LIMIT greatest(:window - cardinality((:missing)::bigint[]), 0))),
+            ORDER BY id LIMIT :window)),
     banding AS MATERIALIZED (
         SELECT id, m.id_transaksi IS NULL AS hilang, (m.jenis_transaksi, m.nominal, m.tanggal_transaksi)
             IS DISTINCT FROM (t.jenis_transaksi, t.nominal, t.tanggal_transaksi) AS beda
@@ -236,7 +236,7 @@ _RECONCILE = text("""
     kembali AS (
         INSERT INTO outbox (id_transaksi) SELECT id FROM banding WHERE hilang ORDER BY id
         ON CONFLICT DO NOTHING)
-    SELECT greatest(max(id), :checked) AS checked, count(*) >= :window AS full,
+    SELECT greatest(max(id), :checked) AS checked, count(*) = :window + cardinality((:missing)::bigint[]) AS full,
         coalesce(array_agg(id ORDER BY id) FILTER (WHERE hilang), '{}') AS missing,
         coalesce(array_agg(id ORDER BY id) FILTER (WHERE beda AND NOT hilang), '{}') AS beda
     FROM banding""")
