@@ -18,11 +18,14 @@ from urllib.request import urlopen
 import httpx
 import psycopg2
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
 
 from conftest import Database, Servers, eventually, log_lines, new_servers
 from dev.local import Service
 from tests.load import Load, Movement, mixed, movement, send
 from transaksi.app import MAX_NOMINAL
+from transaksi.datastore import reconcile
 
 RICH = 1_000_000_000
 DEAD_LETTER = "mutasi:dead-letter"
@@ -165,6 +168,21 @@ def hung(database: Database) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- many at once
+
+
+def test_the_reconcile_passes_no_movement_that_is_too_young(servers: Servers, accounts: list[str]) -> None:
+    """Of two processes, the one with the lower id may have looked at the clock a moment later."""
+    journal = """INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir, tanggal_transaksi)
+        VALUES (%s, 'tabung', 1, 1, now() - make_interval(secs => %s)) RETURNING id"""
+    engine = create_engine(servers.postgres.url().replace("://", "+psycopg2://"), poolclass=NullPool)
+    with engine.connect() as connection:  # rolled back
+        old, young, as_old = (connection.exec_driver_sql(journal, (accounts[0], s)).scalar_one() for s in (61, 59, 61))
+        found = reconcile(connection, old - 1, (), 60)
+        assert found
+        assert (found.checked, found.missing) == (old, [old])
+        found = reconcile(connection, found.checked, found.missing, 58)
+        assert found
+        assert (found.checked, found.missing) == (as_old, [old, young, as_old])
 
 
 def test_no_plan_of_the_services_reads_a_whole_table(start: Start, accounts: Sequence[str], database: Database) -> None:

@@ -222,13 +222,15 @@ _TAKE = text("""
 _OUTBOX_AGE = text("""
     SELECT extract(epoch FROM clock_timestamp() - tanggal_transaksi)::float8
     FROM outbox JOIN transaksi ON id = id_transaksi ORDER BY id_transaksi LIMIT 1""")
+# Up to the first row that is too young, not past it: times need not follow ids to the millisecond.
 _RECONCILE = text("""
     WITH jendela AS MATERIALIZED (
         SELECT id, jenis_transaksi, nominal, tanggal_transaksi FROM transaksi WHERE id = ANY ((:missing)::bigint[])
-        UNION ALL (
-            SELECT id, jenis_transaksi, nominal, tanggal_transaksi FROM transaksi
-            WHERE id > :checked AND tanggal_transaksi < clock_timestamp() - make_interval(secs => :after)
-            ORDER BY id LIMIT :window)),
+        UNION ALL
+        SELECT id, jenis_transaksi, nominal, tanggal_transaksi FROM (
+            SELECT *, bool_and(tanggal_transaksi < now() - make_interval(secs => :after)) OVER (ORDER BY id) AS matang
+            FROM (SELECT * FROM transaksi WHERE id > :checked ORDER BY id LIMIT :window) baru) baru
+        WHERE matang),
     banding AS MATERIALIZED (
         SELECT id, m.id_transaksi IS NULL AS hilang, (m.jenis_transaksi, m.nominal, m.tanggal_transaksi)
             IS DISTINCT FROM (t.jenis_transaksi, t.nominal, t.tanggal_transaksi) AS beda
