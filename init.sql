@@ -1,10 +1,9 @@
--- The bank's schema, roles and demo accounts. Run once, by psql as a superuser on an empty database:
--- by the postgres image on its first start, by dev/local.py otherwise.
+-- Schema, roles and demo accounts. psql runs it once, as a superuser, on an empty database.
 \set ON_ERROR_STOP on
 \getenv transaksi_password TRANSAKSI_DB_PASSWORD
 \getenv mutasi_password MUTASI_DB_PASSWORD
 
--- All or nothing: an interrupted first start must not leave a half-made database behind.
+-- One transaction: an interrupted first start leaves nothing half made.
 BEGIN;
 
 CREATE ROLE transaksi LOGIN PASSWORD :'transaksi_password';
@@ -12,24 +11,23 @@ CREATE ROLE mutasi LOGIN PASSWORD :'mutasi_password';
 
 CREATE TYPE jenis_transaksi AS ENUM ('tabung', 'tarik');
 
--- Who, and the balance now. 2^53-1 is the largest integer that every JSON client reads exactly.
+-- Customers and their balances. 2^53-1 is the largest integer that every JSON client reads exactly.
 CREATE TABLE rekening (
     no_rekening text PRIMARY KEY CHECK (no_rekening ~ '^[0-9]{10,16}$'),
     nama        text NOT NULL CHECK (nama <> ''),
     saldo       bigint NOT NULL DEFAULT 0 CHECK (saldo BETWEEN 0 AND 9007199254740991),
     dibuat_pada timestamptz NOT NULL DEFAULT clock_timestamp()
-) WITH (fillfactor = 50);  -- room for the new version beside the old one, so that an update touches no index
+) WITH (fillfactor = 50);  -- leaves room for the new version of a row on its page (HOT updates)
 
--- How the customer proves it. Apart from rekening, so that guessing never locks a row of money, an error
--- about money never prints a hash, and service mutasi has no right here at all.
+-- PINs, apart from the balances: guessing never locks a row of money, and service mutasi has no right here.
 CREATE TABLE kredensial (
     no_rekening     text PRIMARY KEY REFERENCES rekening,
     pin_hash        text NOT NULL CHECK (pin_hash ~ '^\$2[aby]\$1[0-4]\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}$'),  -- bcrypt
-    pin_gagal       integer NOT NULL DEFAULT 0 CHECK (pin_gagal >= 0),  -- failures in a row
+    pin_gagal       integer NOT NULL DEFAULT 0 CHECK (pin_gagal >= 0),  -- attempts since the last right PIN
     terkunci_sampai timestamptz
 ) WITH (fillfactor = 50);
 
--- The journal: one row per accepted movement, never changed afterwards.
+-- The journal: one row per accepted movement, never changed.
 CREATE TABLE transaksi (
     id                bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     no_rekening       text NOT NULL REFERENCES rekening,
@@ -39,32 +37,46 @@ CREATE TABLE transaksi (
     -- not now(), which is the start of the transaction: before it waited for the account's lock
     tanggal_transaksi timestamptz NOT NULL DEFAULT clock_timestamp(),
     idempotency_key   text CHECK (length(idempotency_key) BETWEEN 1 AND 255),
-    UNIQUE (id, no_rekening)  -- what mutasi refers to
+    UNIQUE (id, no_rekening, jenis_transaksi, nominal, tanggal_transaksi)  -- what mutasi refers to
 );
--- One key moves money once, whatever the services believe.
+-- One key moves money once.
 CREATE UNIQUE INDEX transaksi_idempotency_key ON transaksi (no_rekening, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 
--- Movements not yet handed to the stream; written in the movement's own transaction.
+-- Movements that the mutation book does not have yet, written in the movement's own transaction.
 CREATE TABLE outbox (
     id_transaksi bigint PRIMARY KEY REFERENCES transaksi,
+    dikirim_pada timestamptz NOT NULL DEFAULT clock_timestamp(),  -- when it was last sent to the stream
     traceparent  text  -- W3C Trace Context of the request, so that its trace goes on in the stream
-) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- always small, always churning
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- small, but always churning
 
--- The mutation book, written by service mutasi alone (but for the opening deposits below). The primary key
--- makes a repeated message harmless; the composite reference keeps it from naming another account than the journal.
+-- The mutation book, written by service mutasi alone. The primary key makes a repeated message harmless. The
+-- reference to all five columns refuses a message that says anything else than the journal.
 CREATE TABLE mutasi (
     id_transaksi      bigint PRIMARY KEY,
     no_rekening       text NOT NULL,
     tanggal_transaksi timestamptz NOT NULL,
     jenis_transaksi   jenis_transaksi NOT NULL,
-    nominal           bigint NOT NULL CHECK (nominal BETWEEN 1 AND 1000000000000),
+    nominal           bigint NOT NULL,
     dicatat_pada      timestamptz NOT NULL DEFAULT clock_timestamp(),
-    FOREIGN KEY (id_transaksi, no_rekening) REFERENCES transaksi (id, no_rekening)
+    FOREIGN KEY (id_transaksi, no_rekening, jenis_transaksi, nominal, tanggal_transaksi)
+        REFERENCES transaksi (id, no_rekening, jenis_transaksi, nominal, tanggal_transaksi)
 );
 CREATE INDEX mutasi_no_rekening ON mutasi (no_rekening, id_transaksi);
 
--- Append-only, also for the owner: an error, not a silent "0 rows".
+-- Booking takes a movement out of the outbox, in the same transaction.
+CREATE FUNCTION hapus_dari_outbox() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    -- ARRAY: looks up each id by index under every plan
+    DELETE FROM public.outbox WHERE id_transaksi = ANY (ARRAY(SELECT id_transaksi FROM baru));
+    RETURN NULL;
+END $$;
+REVOKE EXECUTE ON FUNCTION hapus_dari_outbox FROM PUBLIC;
+CREATE TRIGGER hapus_dari_outbox AFTER INSERT ON mutasi REFERENCING NEW TABLE AS baru
+    FOR EACH STATEMENT EXECUTE FUNCTION hapus_dari_outbox();
+
+-- Append-only, also for the owner.
 CREATE FUNCTION tolak_perubahan() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RAISE EXCEPTION '% on % refused: it is append-only', TG_OP, TG_TABLE_NAME USING ERRCODE = 'feature_not_supported';
@@ -74,14 +86,11 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON transaksi
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON mutasi
     FOR EACH STATEMENT EXECUTE FUNCTION tolak_perubahan();
 
--- The invariant, per account: saldo = sum(transaksi) = sum(mutasi). Every number but saldo must be zero once
--- outbox and stream are empty; beda counts the movements whose mutation is missing or says something else.
+-- Per account: balance = journal = mutation book. Both differences are zero once the outbox is empty.
 CREATE VIEW audit_saldo AS
 SELECT r.no_rekening, r.saldo,
-       r.saldo - coalesce(sum(t.nominal * CASE t.jenis_transaksi WHEN 'tabung' THEN 1 ELSE -1 END), 0) AS selisih_transaksi,
-       r.saldo - coalesce(sum(m.nominal * CASE m.jenis_transaksi WHEN 'tabung' THEN 1 ELSE -1 END), 0) AS selisih_mutasi,
-       count(*) FILTER (WHERE (t.jenis_transaksi, t.nominal, t.tanggal_transaksi)
-                IS DISTINCT FROM (m.jenis_transaksi, m.nominal, m.tanggal_transaksi)) AS beda
+       r.saldo - coalesce(sum(CASE t.jenis_transaksi WHEN 'tabung' THEN t.nominal ELSE -t.nominal END), 0) AS selisih_transaksi,
+       r.saldo - coalesce(sum(CASE m.jenis_transaksi WHEN 'tabung' THEN m.nominal ELSE -m.nominal END), 0) AS selisih_mutasi
 FROM rekening r LEFT JOIN transaksi t ON t.no_rekening = r.no_rekening LEFT JOIN mutasi m ON m.id_transaksi = t.id
 GROUP BY r.no_rekening, r.saldo;
 
@@ -92,12 +101,12 @@ DO $$ BEGIN EXECUTE format('GRANT CONNECT ON DATABASE %I TO transaksi, mutasi', 
 GRANT SELECT (no_rekening, saldo), UPDATE (saldo) ON rekening TO transaksi;
 GRANT SELECT, UPDATE (pin_gagal, terkunci_sampai) ON kredensial TO transaksi;
 GRANT SELECT, INSERT (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key) ON transaksi TO transaksi;
-GRANT SELECT, INSERT, DELETE, UPDATE ON outbox TO transaksi;  -- UPDATE: FOR UPDATE SKIP LOCKED asks for it
-GRANT SELECT ON mutasi TO transaksi;                          -- to find what Redis lost
+GRANT SELECT, INSERT, UPDATE (dikirim_pada) ON outbox TO transaksi;
+GRANT SELECT ON mutasi TO transaksi;  -- for GET /mutasi
 GRANT SELECT, INSERT (id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal)
-    ON mutasi TO mutasi;                                      -- SELECT: ON CONFLICT asks for it
+    ON mutasi TO mutasi;              -- SELECT: ON CONFLICT asks for it
 
--- Opens an account with its first deposit (0: none), which goes the way of every movement: journal, outbox, mutasi.
+-- Opens an account with its first deposit (0: none), which is sent and booked like every other movement.
 CREATE FUNCTION buka_rekening(no_rekening text, nama text, pin_hash text, setoran bigint) RETURNS void
 LANGUAGE sql AS $$
     INSERT INTO rekening (no_rekening, nama, saldo) VALUES ($1, $2, $4);
@@ -105,7 +114,7 @@ LANGUAGE sql AS $$
     WITH pembukaan AS (
         INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir)
         SELECT $1, 'tabung', $4, $4 WHERE $4 > 0 RETURNING id)
-    INSERT INTO outbox (id_transaksi) SELECT id FROM pembukaan;
+    INSERT INTO outbox (id_transaksi, dikirim_pada) SELECT id, '-infinity' FROM pembukaan;  -- never sent
 $$;
 REVOKE EXECUTE ON FUNCTION buka_rekening FROM PUBLIC;
 
@@ -113,9 +122,5 @@ REVOKE EXECUTE ON FUNCTION buka_rekening FROM PUBLIC;
 SELECT buka_rekening('1234567890', 'Budi Santoso', '$2b$10$CxlNcIK8q19til.lbenvnuJlfS/0p3G3DAT5tMDHzVeYB1zUfq8aW', 1000000),
        buka_rekening('2345678901', 'Siti Aminah', '$2b$10$1Vgkzk4yNy9ohKWnq3BDiebo2Rb.r2KXmc3ml7YjYKA1ZgIVsnC/O', 500000),
        buka_rekening('3456789012', 'Agus Wijaya', '$2b$10$MNf84MejADa/4tBTNujQi.L280AGs5v1gacmbZp2mT88opVSHquDK', 0);
--- Their deposits are booked here, so that the audit is zero before any service has run.
-INSERT INTO mutasi (id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal)
-SELECT id, no_rekening, tanggal_transaksi, jenis_transaksi, nominal FROM transaksi;
-DELETE FROM outbox;
 
 COMMIT;

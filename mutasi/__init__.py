@@ -1,1 +1,1 @@
-"""Service mutasi: stores every accepted movement, once."""
+"""Service mutasi: stores every accepted movement in the mutation book."""

@@ -1,44 +1,37 @@
-"""Start service mutasi: arguments, logging, then the loop."""
+"""Start service mutasi: arguments, wiring, then the loop."""
 
 import logging
 import signal
-import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
+from common.config import Settings, option, read_settings, whole
+from common.connections import open_postgres, open_redis
 from mutasi.api import consume
 from mutasi.datastore import Stream
-from servers import open_postgres, open_redis, wait_for
-from settings import Parser, Settings, spare_gc, whole
 
 log = logging.getLogger("mutasi")
 
 ALIVE = Path(tempfile.gettempdir(), "mutasi.alive")
 
 
+@dataclass(frozen=True, kw_only=True)
 class MutasiSettings(Settings):
-    batch_size: int
+    batch_size: int = option(1000, whole(1, 10_000), "stream entries stored in one transaction")
 
 
 def main() -> None:
-    parser = Parser("mutasi", "Stores every accepted movement of service transaksi, once.")
-    parser.option("--batch-size", whole(1, 10_000), 1000, "stream entries stored in one transaction")
-    settings = parser.settings(MutasiSettings())
-    log.info("starting", extra=settings.shown())
-    engine = open_postgres(
-        settings, pool_size=1, statement_timeout=10_000, lock_timeout=5_000, idle_in_transaction_session_timeout=10_000
-    )
-    redis = open_redis(settings)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a container's process 1 has no such default
-    wait_for("PostgreSQL", lambda: engine.connect().close())
-    wait_for("Redis", redis.ping)
+    settings = read_settings(MutasiSettings, "mutasi", "Stores every accepted movement once.")
+    log.info("starting", extra=settings.options())
+    engine = open_postgres(settings, statement_timeout=10_000, idle_in_transaction_session_timeout=10_000)
+    stream = Stream(open_redis(settings))
     stopping = Event()
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sign, lambda *_: stopping.set())
-    spare_gc()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
     log.info("started")
-    consume(engine, Stream(redis), settings.batch_size, stopping, ALIVE)
+    consume(engine, stream, settings.batch_size, stopping, ALIVE)
     log.info("stopped")
 
 

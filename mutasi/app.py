@@ -1,73 +1,93 @@
-"""What is done with a batch: store each movement once, set bad messages aside."""
+"""What is done with a batch: store each movement once, move bad messages to the dead letters."""
 
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from opentelemetry import trace
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
+from common.connections import data_refused, describe
+from common.telemetry import masked, message_span
 from mutasi import datastore
-from mutasi.datastore import Entry, Pesan, Stream
-from servers import STREAM, data_refused, describe
-from telemetry import batch_span, business, messaging, trace_of
+from mutasi.datastore import STREAM, Facts, Stream
 
 log = logging.getLogger(__name__)
-tracer = trace.get_tracer(__name__)
 
 
-def store(engine: Engine, stream: Stream, pesan: Sequence[Pesan]) -> None:
-    """Store a batch, then take it out of the stream.
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A well-formed stream entry: its id, its fields as they came, and the movement's columns as text."""
 
-    After a crash in between, the same messages come again and are known by their primary key. Those that the
-    database refuses for their data are found by halving and set aside; any other error is raised, and nothing is
-    lost by it.
+    entry: bytes
+    fields: dict[bytes, bytes]
+    row: dict[str, str]
+
+    @property
+    def facts(self) -> Facts:
+        row = self.row
+        return (int(row["id_transaksi"]), row["no_rekening"], row["jenis_transaksi"], int(row["nominal"]))
+
+
+def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> None:
+    """Store a batch, then delete it from the stream.
+
+    After a crash in between the messages come again, and are in the book already. Messages that the
+    database refuses for their data are found by halving and set aside. Any other error is raised, and
+    the messages stay in the stream.
     """
-    started = time.time_ns()
+    started_ns = time.time_ns()
     try:
-        with batch_span(tracer, "insert mutasi", (p.traceparent for p in pesan)):
-            fresh = datastore.insert_mutasi(engine, pesan)
-        new = len(fresh)
+        stored = datastore.insert_mutations(engine, [message.row for message in messages])
     except DBAPIError as error:
         if not data_refused(error):
             raise
-        if len(pesan) == 1:
-            facts = describe(error)
-            reason = f"refused by the database: {facts['error']} {facts['constraint'] or ''}".strip()
-            set_aside(stream, pesan[0].entry, reason)
+        if len(messages) > 1:
+            middle = len(messages) // 2
+            store(engine, stream, messages[:middle])
+            store(engine, stream, messages[middle:])
         else:
-            middle = len(pesan) // 2
-            store(engine, stream, pesan[:middle])
-            store(engine, stream, pesan[middle:])
+            facts = describe(error)
+            reason = f"refused by the database: {facts['error']} {facts['constraint'] or ''}"
+            set_aside(stream, messages[0].entry, messages[0].fields, reason.strip())
         return
-    for p in pesan:
-        if p.id_transaksi in fresh:
-            fresh.discard(p.id_transaksi)
-            _report(p, started)
-    stream.delete([p.entry for p in pesan])
-    log.debug("batch stored", extra={"jumlah": new, "duration_ms": (time.time_ns() - started) // 1_000_000})
-    if new < len(pesan):
-        log.warning("messages came again", extra={"jumlah": len(pesan) - new})
+    repeated = []
+    for message in messages:
+        if message.facts in stored:
+            stored.discard(message.facts)
+            _report(message, started_ns)
+        else:
+            repeated.append(message)
+    if repeated:
+        known = datastore.find_mutations(engine, [message.row for message in repeated])
+        for message in repeated:
+            if message.facts not in known:
+                reason = "differs from the mutation book"
+                set_aside(stream, message.entry, message.fields, reason)
+        log.warning("duplicate messages ignored", extra={"count": len(repeated)})
+    stream.delete([message.entry for message in messages])
+    duration_ms = (time.time_ns() - started_ns) // 1_000_000
+    log.debug("batch stored", extra={"count": len(messages) - len(repeated), "duration_ms": duration_ms})
 
 
-def set_aside(stream: Stream, entry: Entry, reason: str) -> None:
+def set_aside(stream: Stream, entry: bytes, fields: dict[bytes, bytes], reason: str) -> None:
     """Move a bad message to the dead letters."""
-    stream.set_aside(entry, reason)
-    log.error("message set aside as dead letter", extra={"entry": entry.id.decode(), "reason": reason})
+    stream.set_aside(entry, fields, reason)
+    log.error("message moved to dead letters", extra={"entry": entry.decode(), "reason": reason})
 
 
-def _report(p: Pesan, started: int) -> None:
-    """A stored movement's log line, and the end of its request's trace if it has one."""
-    if not p.traceparent:
-        log.info("mutation stored", extra=business(p))
-        return
-    span = tracer.start_span(
-        "process mutasi",
-        context=trace_of(p.traceparent),
-        kind=trace.SpanKind.CONSUMER,
-        attributes=messaging("process", STREAM) | business(p),
-        start_time=started,
-    )
+def _report(message: Message, started_ns: int) -> None:
+    """Log a stored movement, and end its request's trace if it has one."""
+    id_transaksi, no_rekening, jenis_transaksi, nominal = message.facts
+    context = {
+        "no_rekening": masked(no_rekening),
+        "id_transaksi": id_transaksi,
+        "jenis_transaksi": jenis_transaksi,
+        "nominal": nominal,
+    }
+    parent = message.row.get("traceparent")
+    span = message_span("process", STREAM, parent, context, started_ns) if parent else trace.INVALID_SPAN
     with trace.use_span(span, end_on_exit=True):
-        log.info("mutation stored", extra=business(p))
+        log.info("mutation stored", extra=context)

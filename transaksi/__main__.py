@@ -1,18 +1,27 @@
-"""Start service transaksi: arguments, logging, then the HTTP server."""
+"""Start service transaksi: arguments, wiring, then the HTTP server."""
 
+import asyncio
+import gc
 import logging
-import signal
-import sys
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
-from servers import open_postgres, open_redis, wait_for
-from settings import Parser, Settings, spare_gc, whole
-from transaksi.api import create_app
-from transaksi.pin import THREADS, PinCheck
+from common.config import Settings, option, read_settings, whole
+from common.connections import Outage, open_redis
+from common.telemetry import flush
+from transaksi.api import OPEN_PATHS, Gate, on_http_exception, router
+from transaksi.datastore import Database
+from transaksi.pin import PinCheck
 from transaksi.relay import Relay
 from transaksi.teller import Teller
 
@@ -21,10 +30,82 @@ log = logging.getLogger("transaksi")
 MAX_HEAD = 65_536
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransaksiSettings(Settings):
+    host: str = option("127.0.0.1", str, "address to listen on")
+    port: int = option(8000, whole(1, 65_535), "port to listen on")
+    workers: int = option(1, whole(1, 64), "processes")
+    auth_cache_ttl: int = option(300, whole(0, 3600), "seconds a right PIN is remembered, 0 = not at all")
+    max_pin_failures: int = option(5, whole(3, 1_000_000), "PIN failures in a row that lock an account")
+    lock_minutes: int = option(15, whole(1, 10_000), "minutes an account stays locked")
+    request_timeout: int = option(5, whole(1, 60), "seconds after which a request is answered at the latest")
+    max_queue: int = option(
+        1000, whole(1, 100_000), "requests that may wait in a process; the surplus gets 503"
+    )
+    max_stream: int = option(
+        100_000, whole(1, 10_000_000), "stream entries past which movements wait in PostgreSQL"
+    )
+    resend_after: int = option(
+        10, whole(1, 3600), "seconds; a movement not booked after twice as many is sent again"
+    )
+
+
+def settings() -> TransaksiSettings:
+    return read_settings(TransaksiSettings, "transaksi", "Deposits and withdrawals over HTTP.")
+
+
+def create_app() -> FastAPI:
+    """Wire up one process; uvicorn calls this in each."""
+    s = settings()
+    postgres = Outage("PostgreSQL")
+    database = partial(Database, s, limit_ms=s.request_timeout * 1000)
+    relay = Relay(database(1), open_redis(s), postgres, s.max_stream, s.resend_after)
+    # No ping before each batch: the teller retries on a stale connection itself.
+    teller = Teller(database(1, ping=False), postgres, s.max_queue, committed=relay.hand_over)
+    # bcrypt has a thread per core, and less CPU than the customers who are in.
+    pin_database = database(os.cpu_count() or 1, nice=10)
+    pins = PinCheck(pin_database, s.auth_cache_ttl, s.max_pin_failures, s.lock_minutes)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watch = asyncio.create_task(relay.watch())
+        yield
+        watch.cancel()
+        await teller.close()
+        await relay.close()
+        log.info("stopped")
+        flush()
+        os._exit(0)  # Python would wait for the threads, and so for a database that hangs
+
+    app = FastAPIOffline(
+        title="transaksi",
+        version="2.0.0",
+        description="Deposits and withdrawals of a tiny savings bank. Amounts are whole rupiah.",
+        routes=router.routes,
+        lifespan=lifespan,
+        exception_handlers={HTTPException: on_http_exception},
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry={
+            "operation_spans": False,
+            "metrics": False,
+            "logs": False,
+            "exclude": lambda scope: scope.get("path") in OPEN_PATHS,
+        },
+    )
+    app.add_middleware(Gate, pins=pins, time_limit_s=s.request_timeout)
+    app.state.teller, app.state.reads, app.state.health = teller, database(2), None
+    # The garbage collector need not read all modules again and again: a quarter of a request's CPU.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+    return app
+
+
 class BoundedHttp(HttpToolsProtocol):
     """uvicorn's HTTP with a bound on a request's head, which it lacks: anyone could fill the memory."""
 
-    _unread = 0  # bytes since the last head or piece of a payload was whole
+    _unread = 0  # bytes since the last complete head or piece of a payload
 
     def data_received(self, data: bytes) -> None:
         self._unread += len(data)
@@ -41,72 +122,15 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_body(body)
 
 
-class TransaksiSettings(Settings):
-    host: str
-    port: int
-    workers: int
-    auth_cache_ttl: int
-    max_pin_failures: int
-    lock_minutes: int
-    request_timeout: int
-    max_queue: int
-    max_stream: int
-    reconcile_after: int
-
-
-def read_settings() -> TransaksiSettings:
-    parser = Parser("transaksi", "Deposits and withdrawals over HTTP.")
-    option = parser.option
-    option("--host", str, "127.0.0.1", "address to listen on")
-    option("--port", whole(1, 65535), 8000, "port to listen on")
-    option("--workers", whole(1, 64), 1, "processes")
-    option("--auth-cache-ttl", whole(0, 3600), 60, "seconds a right PIN is remembered, 0 = not at all")
-    option("--max-pin-failures", whole(1, 1_000_000), 5, "wrong PINs in a row that lock an account")
-    option("--lock-minutes", whole(1, 10_000), 15, "minutes an account stays locked")
-    option("--request-timeout", whole(1, 60), 5, "seconds after which a request is answered at the latest")
-    option("--max-queue", whole(1, 100_000), 1000, "requests that may wait in a process, the surplus gets 503")
-    option("--max-stream", whole(1, 10_000_000), 100_000, "stream entries past which movements wait in PostgreSQL")
-    option("--reconcile-after", whole(2, 86_400), 60, "seconds after which a movement without mutation is sent again")
-    return parser.settings(TransaksiSettings())
-
-
-def build(settings: TransaksiSettings) -> FastAPI:
-    """Wire up one process."""
-    timeout_ms = settings.request_timeout * 1000
-    limits = {
-        "statement_timeout": timeout_ms,
-        "lock_timeout": timeout_ms // 2,
-        "idle_in_transaction_session_timeout": 2 * timeout_ms,
-        # A movement must be there, or never come, before the reconcile takes its id as settled.
-        "transaction_timeout": settings.reconcile_after * 500,
-    }
-    engine = open_postgres(settings, pool_size=1 + THREADS, **limits)  # teller, PIN checks
-    # What the relay has deleted may come back after a crash: it is only sent again. So no wait for the disk.
-    relay_engine = open_postgres(settings, pool_size=1, synchronous_commit="off", **limits)
-    relay = Relay(relay_engine, open_redis(settings), settings.max_stream, settings.reconcile_after)
-    teller = Teller(engine, settings.max_queue, committed=relay.wake)
-    pin = PinCheck(engine, settings.auth_cache_ttl, settings.max_pin_failures, settings.lock_minutes)
-    app = create_app(teller, relay, pin, settings.request_timeout)
-    spare_gc()
-    return app
-
-
-def worker() -> FastAPI:
-    """What uvicorn calls in each process of several."""
-    return build(read_settings())
-
-
 def main() -> None:
-    settings = read_settings()
-    log.info("starting", extra=settings.shown())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a container's process 1 has no such default
-    wait_for("PostgreSQL", lambda: open_postgres(settings, pool_size=1).connect().close())
+    s = settings()
+    log.info("starting", extra=s.options())
     config = uvicorn.Config(
-        build(settings) if settings.workers == 1 else "transaksi.__main__:worker",
-        factory=settings.workers > 1,
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers,
+        "transaksi.__main__:create_app",
+        factory=True,
+        host=s.host,
+        port=s.port,
+        workers=s.workers,
         log_config=None,
         access_log=False,  # our own lines say more
         http="transaksi.__main__:BoundedHttp",
@@ -115,15 +139,11 @@ def main() -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=3,  # for a client that never ends its request
     )
-    # uvicorn raises the signal that stopped it once more: having stopped in good order is exit status 0.
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sign, lambda *_: None)
-    server, sockets = uvicorn.Server(config), [config.bind_socket()]
-    if settings.workers == 1:
-        server.run(sockets)
+    sockets = [config.bind_socket()]
+    if s.workers == 1:
+        uvicorn.Server(config).run(sockets)
     else:
         Multiprocess(config, sockets).run()
-    log.info("stopped")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""The rules: what a deposit and a withdrawal are, and who may make one. No I/O.
+"""The rules: what a deposit and a withdrawal are, and why one is refused. Pure: no I/O.
 
 Amounts are whole rupiah.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from datetime import datetime
+from typing import Literal
 
 MAX_NOMINAL = 1_000_000_000_000
-MAX_SALDO = 2**53 - 1  # the largest integer that every JSON client reads exactly (RFC 8259, section 6)
+MAX_SALDO = 2**53 - 1  # the largest integer that every JSON client reads exactly (RFC 8259, 6)
 
-Jenis = Literal["tabung", "tarik"]
+JenisTransaksi = Literal["tabung", "tarik"]
 
 
 @dataclass(frozen=True, slots=True)
-class Perintah:
-    """One customer's wish to move `nominal` rupiah."""
+class Command:
+    """A customer's request to deposit or withdraw `nominal` rupiah."""
 
-    jenis_transaksi: Jenis
+    jenis_transaksi: JenisTransaksi
     no_rekening: str
     nominal: int
     idempotency_key: str | None = None
@@ -25,101 +26,114 @@ class Perintah:
 
 
 @dataclass(slots=True)
-class Gerakan:
-    """An accepted movement; `id_transaksi` is known once the journal has it."""
+class Movement:
+    """An accepted command. The journal gives it its id and its time (UTC)."""
 
-    perintah: Perintah
+    command: Command
     saldo_akhir: int
     id_transaksi: int | None = None
+    tanggal_transaksi: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Ulangan:
-    """A repeat of `pertama` under its idempotency key: answered again, not moved again."""
+class Replay:
+    """A command whose idempotency key has made the movement `first` already: nothing moves."""
 
-    pertama: Gerakan
-
-
-class Ditolak(Exception):
-    """A command that was refused; nothing has changed. `remark` is for the customer."""
-
-    remark: ClassVar[str]
+    first: Movement
 
 
-class RekeningTidakDikenali(Ditolak):
+class Refusal(Exception):
+    """A refused request: HTTP status, remark for the customer, headers, reason for the log."""
+
+    status = 400
+    remark = ""
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class UnknownAccount(Refusal):
+    """The account is not the customer's own. Whether it exists makes no difference."""
+
     remark = "Nomor rekening tidak dikenali."
 
 
-class SaldoTidakCukup(Ditolak):
+class InsufficientBalance(Refusal):
     remark = "Saldo tidak mencukupi."
 
 
-class SaldoMelebihiBatas(Ditolak):
+class BalanceLimit(Refusal):
     remark = "Saldo akan melebihi batas."
 
 
-class KunciSudahDipakai(Ditolak):
+class KeyReused(Refusal):
+    status = 422
     remark = "Idempotency-Key sudah dipakai untuk transaksi lain."
 
 
-class Unavailable(Exception):
-    """The command was not carried out and will not be: it may be sent again at once."""
+class Unavailable(Refusal):
+    """The request was not carried out and will not be: the client may repeat it."""
+
+    status = 503
+    remark = "Layanan sedang tidak tersedia, silakan coba lagi."
+    headers: Mapping[str, str] = {"Retry-After": "1"}
 
 
-class Unknown(Exception):
-    """The command may or may not have moved the money."""
+class Unknown(Refusal):
+    """The command may or may not have been carried out."""
+
+    status = 503
+    remark = (
+        "Hasil transaksi belum dapat dipastikan; ulangi dengan Idempotency-Key yang sama, "
+        "atau tanyakan dahulu bila tidak memakainya."
+    )
 
 
-Kunci = tuple[str, str]  # account, idempotency key
-Hasil = Gerakan | Ulangan | Ditolak
+Key = tuple[str, str]  # account, idempotency key
+Result = Movement | Replay | Refusal
 
 
-def authorize(nasabah: str, no_rekening: str) -> None:
-    """A customer may move his own money only.
+def decide(
+    commands: Sequence[Command], balances: dict[str, int], recorded: dict[Key, Movement]
+) -> list[Result]:
+    """Decide commands in order of arrival: one result each, as if each had come alone.
 
-    Somebody else's account and one that does not exist are refused alike, so that nobody can learn which exist.
+    `balances` (by account) and `recorded` (movements already made under a key) are updated in
+    place, so that each command sees those before it.
     """
-    if no_rekening != nasabah:
-        raise RekeningTidakDikenali
-
-
-def saldo_after(perintah: Perintah, saldo: int) -> int:
-    """The balance after one command; raises `Ditolak` where the rules forbid it."""
-    if perintah.jenis_transaksi == "tabung":
-        if saldo + perintah.nominal > MAX_SALDO:
-            raise SaldoMelebihiBatas
-        return saldo + perintah.nominal
-    if perintah.nominal > saldo:
-        raise SaldoTidakCukup
-    return saldo - perintah.nominal
-
-
-def decide(antrean: Iterable[Perintah], saldo: dict[str, int], tercatat: dict[Kunci, Gerakan]) -> list[Hasil]:
-    """Decide commands in their order of arrival: one result each, as if each had come alone.
-
-    `saldo` (by account) and `tercatat` (movements already made under a key) are what the commands find, and are
-    brought up to date, so that each command sees those before it.
-    """
-    hasil: list[Hasil] = []
-    for perintah in antrean:
+    results: list[Result] = []
+    for command in commands:
         try:
-            hasil.append(_decide(perintah, saldo, tercatat))
-        except Ditolak as ditolak:
-            hasil.append(ditolak)
-    return hasil
+            results.append(_decide(command, balances, recorded))
+        except Refusal as refusal:
+            results.append(refusal)
+    return results
 
 
-def _decide(perintah: Perintah, saldo: dict[str, int], tercatat: dict[Kunci, Gerakan]) -> Gerakan | Ulangan:
-    no_rekening, key = perintah.no_rekening, perintah.idempotency_key
-    if key is not None and (pertama := tercatat.get((no_rekening, key))):
-        dulu = pertama.perintah
-        if (dulu.jenis_transaksi, dulu.nominal) != (perintah.jenis_transaksi, perintah.nominal):
-            raise KunciSudahDipakai
-        return Ulangan(pertama)
-    if no_rekening not in saldo:
-        raise RekeningTidakDikenali
-    saldo[no_rekening] = saldo_after(perintah, saldo[no_rekening])
-    gerakan = Gerakan(perintah, saldo[no_rekening])
-    if key is not None:
-        tercatat[no_rekening, key] = gerakan
-    return gerakan
+def _decide(command: Command, balances: dict[str, int], recorded: dict[Key, Movement]) -> Movement | Replay:
+    account, key = command.no_rekening, (command.no_rekening, command.idempotency_key or "")
+    if first := recorded.get(key):
+        before = first.command
+        if (before.jenis_transaksi, before.nominal) != (command.jenis_transaksi, command.nominal):
+            raise KeyReused
+        return Replay(first)
+    if account not in balances:
+        raise UnknownAccount
+    balances[account] = balance_after(command, balances[account])
+    movement = Movement(command, balances[account])
+    if command.idempotency_key:
+        recorded[key] = movement
+    return movement
+
+
+def balance_after(command: Command, balance: int) -> int:
+    """The balance after one command. Raises `BalanceLimit` or `InsufficientBalance`."""
+    if command.jenis_transaksi == "tarik":
+        if command.nominal > balance:
+            raise InsufficientBalance
+        return balance - command.nominal
+    if balance + command.nominal > MAX_SALDO:
+        raise BalanceLimit
+    return balance + command.nominal

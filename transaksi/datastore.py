@@ -1,37 +1,53 @@
-"""The tables of service transaksi and its few database operations.
+"""The tables of service transaksi and its database operations.
 
-The mapped classes are the schema's face (init.sql makes it). The operations use the same tables through SQLAlchemy
-Core, or SQL where that reads better, many rows a statement: the unit of work costs twice as much on the hot path.
+Reads use the mapped classes. The statements of the hot path are SQL, many rows each: the ORM's unit of
+work would cost twice as much. init.sql makes the schema.
 """
 
-from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
-from typing import Any, get_args
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from functools import partial
+from typing import Any, TypeVar, get_args
 
-from sqlalchemy import (
-    ARRAY,
-    BigInteger,
-    Connection,
-    ForeignKey,
-    Identity,
-    Interval,
-    Row,
-    Text,
-    any_,
-    bindparam,
-    case,
-    func,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import BigInteger, Connection, Engine, ForeignKey, Row, Text, func, select, text
 from sqlalchemy.dialects.postgresql import ENUM, TIMESTAMP
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from transaksi.app import Gerakan, Jenis, Kunci, Perintah
+from common.config import Settings
+from common.connections import open_postgres
+from transaksi.app import Command, JenisTransaksi, Key, Movement
 
-RECONCILE_WINDOW = 50_000
-RECONCILE_LOCK = 7_282_001  # any number, the same for every relay
+T = TypeVar("T")
+
+
+class Database:
+    """An engine and the threads that use it, one connection each: every purpose has its own.
+
+    `nice` gives the threads less CPU than the event loop, on Linux, where niceness is a thread's own.
+    """
+
+    def __init__(
+        self, settings: Settings, threads: int, limit_ms: int, nice: int = 0, ping: bool = True
+    ) -> None:
+        self._engine = open_postgres(
+            settings,
+            threads,
+            ping=ping,
+            statement_timeout=limit_ms,
+            lock_timeout=limit_ms // 2,
+            idle_in_transaction_session_timeout=2 * limit_ms,
+        )
+        lower = partial(os.nice, nice) if nice and sys.platform == "linux" else None
+        self._executor = ThreadPoolExecutor(threads, initializer=lower)
+
+    def run(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        """Start `function(engine, *arguments)` in a thread."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._executor, function, self._engine, *arguments)
 
 
 class Base(DeclarativeBase):
@@ -39,229 +55,200 @@ class Base(DeclarativeBase):
         int: BigInteger,
         str: Text,
         datetime: TIMESTAMP(timezone=True),
-        Jenis: ENUM(*get_args(Jenis), name="jenis_transaksi"),
+        JenisTransaksi: ENUM(*get_args(JenisTransaksi), name="jenis_transaksi"),
     }
 
 
 class Rekening(Base):
-    """Who, and the balance now."""
+    """A customer's account and its balance."""
 
     __tablename__ = "rekening"
     no_rekening: Mapped[str] = mapped_column(primary_key=True)
     nama: Mapped[str]
     saldo: Mapped[int]
     dibuat_pada: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
-    kredensial: Mapped["Kredensial"] = relationship(back_populates="rekening")
-    transaksi: Mapped[list["Transaksi"]] = relationship(back_populates="rekening", order_by="Transaksi.id")
-
-
-class Kredensial(Base):
-    """How the customer proves it."""
-
-    __tablename__ = "kredensial"
-    no_rekening: Mapped[str] = mapped_column(ForeignKey(Rekening.no_rekening), primary_key=True)
-    pin_hash: Mapped[str]
-    pin_gagal: Mapped[int]
-    terkunci_sampai: Mapped[datetime | None]
-    rekening: Mapped[Rekening] = relationship(back_populates="kredensial")
 
 
 class Transaksi(Base):
     """The journal: one row per accepted movement, append-only."""
 
     __tablename__ = "transaksi"
-    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    id: Mapped[int] = mapped_column(primary_key=True)
     no_rekening: Mapped[str] = mapped_column(ForeignKey(Rekening.no_rekening))
-    jenis_transaksi: Mapped[Jenis]
+    jenis_transaksi: Mapped[JenisTransaksi]
     nominal: Mapped[int]
     saldo_akhir: Mapped[int]
     tanggal_transaksi: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     idempotency_key: Mapped[str | None]
-    rekening: Mapped[Rekening] = relationship(back_populates="transaksi")
-    outbox: Mapped["Outbox | None"] = relationship(back_populates="transaksi")
 
 
-class Outbox(Base):
-    """A movement not yet handed to the stream."""
+class Mutasi(Base):
+    """The mutation book, which service mutasi writes."""
 
-    __tablename__ = "outbox"
+    __tablename__ = "mutasi"
     id_transaksi: Mapped[int] = mapped_column(ForeignKey(Transaksi.id), primary_key=True)
-    traceparent: Mapped[str | None]
-    transaksi: Mapped[Transaksi] = relationship(back_populates="outbox")
+    no_rekening: Mapped[str]
+    tanggal_transaksi: Mapped[datetime]
+    jenis_transaksi: Mapped[JenisTransaksi]
+    nominal: Mapped[int]
+    dicatat_pada: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+# ---------------------------------------------------------------- reads
+
+
+def ping(engine: Engine) -> None:
+    """Raise `DBAPIError` where PostgreSQL does not answer."""
+    with engine.connect() as connection:
+        connection.execute(select(1))
+
+
+def find_balance(engine: Engine, account: str) -> int:
+    """The balance of an account in whole rupiah."""
+    with engine.connect() as connection:
+        return connection.scalars(select(Rekening.saldo).filter_by(no_rekening=account)).one()
+
+
+def find_mutations(engine: Engine, account: str, before: int | None, limit: int) -> Sequence[Any]:
+    """Up to `limit` booked movements of an account, newest first, with ids below `before` if given."""
+    statement = (
+        select(*Mutasi.__table__.c, Transaksi.saldo_akhir)
+        .join(Transaksi, Transaksi.id == Mutasi.id_transaksi)
+        .where(Mutasi.no_rekening == account)
+        .order_by(Mutasi.id_transaksi.desc())
+        .limit(limit)
+    )
+    if before is not None:
+        statement = statement.where(Mutasi.id_transaksi < before)
+    with engine.connect() as connection:
+        return connection.execute(statement).all()
 
 
 # ---------------------------------------------------------------- teller
 
-_LOCK = (
-    select(Rekening.no_rekening, Rekening.saldo)
-    .where(Rekening.no_rekening == any_(bindparam("semua", type_=ARRAY(Text))))
-    .order_by(Rekening.no_rekening)  # the one order in which all tellers lock: no deadlock
-    .with_for_update(key_share=True)  # FOR NO KEY UPDATE, as the balance's own update: foreign keys may go on reading
-)
+# Sorted: all tellers lock in one order, no deadlock. NO KEY, so that foreign keys may go on reading.
+_LOCK = text("""
+    SELECT no_rekening, saldo FROM rekening WHERE no_rekening = ANY (:accounts)
+    ORDER BY no_rekening FOR NO KEY UPDATE""")
 _FIND_KEYS = text("""
-    SELECT id, no_rekening, idempotency_key, jenis_transaksi, nominal, saldo_akhir
-    FROM transaksi JOIN unnest(:no_rekening, :idempotency_key) AS dicari(no_rekening, idempotency_key)
+    SELECT transaksi.*, NULL AS traceparent FROM transaksi
+    JOIN unnest(:account, :key) AS wanted(no_rekening, idempotency_key)
     USING (no_rekening, idempotency_key)""")
-# One statement, one round trip. The ids follow the order of the commands, and so do the traceparents.
+# The ids follow the order of the commands, and so do the traceparents.
 _RECORD = text("""
-    WITH tercatat AS (
+    WITH recorded AS (
         INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key)
         SELECT no_rekening, jenis::jenis_transaksi, nominal, saldo_akhir, idempotency_key
-        FROM unnest(:no_rekening, :jenis, (:nominal)::bigint[], (:saldo_akhir)::bigint[], (:idempotency_key)::text[])
-            WITH ORDINALITY AS baris(no_rekening, jenis, nominal, saldo_akhir, idempotency_key, urutan)
-        ORDER BY urutan RETURNING id),
-    antre AS (
+        FROM unnest(:no_rekening, :jenis, (:nominal)::bigint[], (:saldo_akhir)::bigint[], (:key)::text[])
+            WITH ORDINALITY AS command(no_rekening, jenis, nominal, saldo_akhir, idempotency_key, position)
+        ORDER BY position RETURNING id, tanggal_transaksi),
+    queued AS (
         INSERT INTO outbox (id_transaksi, traceparent)
-        SELECT id, ((:traceparent)::text[])[row_number() OVER (ORDER BY id)] FROM tercatat),
-    posisi AS (
-        UPDATE rekening r SET saldo = baru.saldo
-        FROM unnest(:rekening, (:saldo)::bigint[]) AS baru(no_rekening, saldo)
-        WHERE r.no_rekening = baru.no_rekening)
-    SELECT id FROM tercatat ORDER BY id""")
+        SELECT id, ((:traceparent)::text[])[row_number() OVER (ORDER BY id)] FROM recorded),
+    updated AS (
+        UPDATE rekening r SET saldo = new.saldo
+        FROM unnest(:account, (:saldo)::bigint[]) AS new(no_rekening, saldo)
+        WHERE r.no_rekening = new.no_rekening)
+    SELECT id, tanggal_transaksi FROM recorded ORDER BY id""")
 
 
-def lock_saldo(connection: Connection, no_rekening: Iterable[str]) -> dict[str, int]:
-    """Lock these accounts' rows until the transaction ends; their balances, without those that do not exist."""
-    return dict(connection.execute(_LOCK, {"semua": list(no_rekening)}).all())
+def lock_balances(connection: Connection, accounts: Iterable[str]) -> dict[str, int]:
+    """Lock these accounts until the transaction ends. Returns the balances of those that exist."""
+    return dict(connection.execute(_LOCK, {"accounts": list(accounts)}).all())
 
 
-def find_keys(connection: Connection, kunci: Sequence[Kunci]) -> dict[Kunci, Gerakan]:
-    """The movements made under these (account, idempotency key) pairs.
+def find_keys(connection: Connection, keys: Sequence[Key]) -> dict[Key, Movement]:
+    """The movements made under these keys.
 
-    To be called when the accounts are locked, in a statement of its own: it then sees what was committed
-    during the wait for the lock.
+    To be called after `lock_balances`, as a statement of its own: it then sees what was committed while
+    that one waited.
     """
-    accounts, keys = zip(*kunci, strict=True)
-    found = connection.execute(_FIND_KEYS, {"no_rekening": list(accounts), "idempotency_key": list(keys)})
-    return {
-        (row.no_rekening, row.idempotency_key): Gerakan(
-            Perintah(row.jenis_transaksi, row.no_rekening, row.nominal, row.idempotency_key), row.saldo_akhir, row.id
-        )
-        for row in found
-    }
+    accounts, names = zip(*keys, strict=True)
+    found = connection.execute(_FIND_KEYS, {"account": list(accounts), "key": list(names)})
+    return {(row.no_rekening, row.idempotency_key): _movement(row) for row in found}
 
 
-def record(connection: Connection, gerakan: Sequence[Gerakan], saldo: dict[str, int]) -> None:
-    """Write movements to balances, journal and outbox; sets their `id_transaksi`."""
-    perintah = [g.perintah for g in gerakan]
-    touched = {p.no_rekening: saldo[p.no_rekening] for p in perintah}
-    ids = connection.scalars(
+def _movement(row: Row[Any]) -> Movement:
+    command = Command(row.jenis_transaksi, row.no_rekening, row.nominal, row.idempotency_key, row.traceparent)
+    return Movement(command, row.saldo_akhir, row.id, row.tanggal_transaksi)
+
+
+def record(connection: Connection, movements: Sequence[Movement], balances: dict[str, int]) -> None:
+    """Write movements to balances, journal and outbox, and set their ids and times."""
+    commands = [m.command for m in movements]
+    touched = {c.no_rekening: balances[c.no_rekening] for c in commands}
+    rows = connection.execute(
         _RECORD,
         {
-            "no_rekening": [p.no_rekening for p in perintah],
-            "jenis": [p.jenis_transaksi for p in perintah],
-            "nominal": [p.nominal for p in perintah],
-            "saldo_akhir": [g.saldo_akhir for g in gerakan],
-            "idempotency_key": [p.idempotency_key for p in perintah],
-            "traceparent": [p.traceparent for p in perintah],
-            "rekening": list(touched),
+            "no_rekening": [c.no_rekening for c in commands],
+            "jenis": [c.jenis_transaksi for c in commands],
+            "nominal": [c.nominal for c in commands],
+            "saldo_akhir": [m.saldo_akhir for m in movements],
+            "key": [c.idempotency_key for c in commands],
+            "traceparent": [c.traceparent for c in commands],
+            "account": list(touched),
             "saldo": list(touched.values()),
         },
     )
-    for g, id_transaksi in zip(gerakan, ids, strict=True):
-        g.id_transaksi = id_transaksi
+    for movement, row in zip(movements, rows, strict=True):
+        movement.id_transaksi, movement.tanggal_transaksi = row
 
 
 # ---------------------------------------------------------------- PIN
 
-_LOCKED = func.coalesce(Kredensial.terkunci_sampai > func.clock_timestamp(), False)
-_KREDENSIAL = select(Kredensial.pin_hash, _LOCKED.label("terkunci")).where(Kredensial.no_rekening == bindparam("no"))
-_PIN_RIGHT = (
-    update(Kredensial)
-    .where(Kredensial.no_rekening == bindparam("no"), ~_LOCKED)
-    .values(pin_gagal=0, terkunci_sampai=None)
-    .returning(Kredensial.no_rekening)
-)
-_PIN_WRONG = (
-    update(Kredensial)
-    .where(Kredensial.no_rekening == bindparam("no"), ~_LOCKED)
-    .values(
-        pin_gagal=Kredensial.pin_gagal + 1,
-        terkunci_sampai=case(
-            (
-                Kredensial.pin_gagal + 1 >= bindparam("limit"),
-                func.clock_timestamp() + bindparam("locked_for", type_=Interval),
-            )
-        ),
-    )
-    .returning(_LOCKED)
-)
+_COUNT_ATTEMPT = text("""
+    UPDATE kredensial SET pin_gagal = pin_gagal + 1, terkunci_sampai = CASE
+        WHEN pin_gagal + 1 >= :limit THEN clock_timestamp() + make_interval(mins => :lock_minutes) END
+    WHERE no_rekening = :account AND coalesce(terkunci_sampai <= clock_timestamp(), true)
+    RETURNING pin_hash, pin_gagal""")
+_FORGET_ATTEMPTS = text("""
+    UPDATE kredensial SET pin_gagal = 0, terkunci_sampai = NULL
+    WHERE no_rekening = :account AND pin_gagal = :count""")
 
 
-def find_kredensial(connection: Connection, no_rekening: str) -> Row[str, bool] | None:
-    """`pin_hash` and whether the account is locked (`terkunci`) now; None for an unknown account."""
-    return connection.execute(_KREDENSIAL, {"no": no_rekening}).one_or_none()
+def count_attempt(engine: Engine, account: str, limit: int, lock_minutes: int) -> Row[Any] | None:
+    """Count a PIN attempt, before it is made. The `limit`-th since the last right PIN locks the account.
+
+    Returns pin_hash and the count (pin_gagal), None for an unknown or a locked account.
+    """
+    parameters = {"account": account, "limit": limit, "lock_minutes": lock_minutes}
+    with engine.begin() as connection:
+        return connection.execute(_COUNT_ATTEMPT, parameters).one_or_none()
 
 
-def pin_right(connection: Connection, no_rekening: str) -> bool:
-    """Forget the failures; False where the account was locked in the meantime."""
-    return connection.execute(_PIN_RIGHT, {"no": no_rekening}).one_or_none() is not None
-
-
-def pin_wrong(connection: Connection, no_rekening: str, limit: int, locked_for: timedelta) -> bool:
-    """Count a failure unless locked; from the `limit`-th in a row on it locks. True if it locked now."""
-    parameters = {"no": no_rekening, "limit": limit, "locked_for": locked_for}
-    return bool(connection.scalar(_PIN_WRONG, parameters))
+def forget_attempts(engine: Engine, account: str, count: int) -> None:
+    """Set the count back to zero and unlock, unless another attempt was counted after this one."""
+    with engine.begin() as connection:
+        connection.execute(_FORGET_ATTEMPTS, {"account": account, "count": count})
 
 
 # ---------------------------------------------------------------- relay
 
-# MATERIALIZED, since the LIMIT beside SKIP LOCKED must hold under every plan; ARRAY and LATERAL ... LIMIT 1, since
-# the planner must look up each id by index and not read the whole journal for a hash join.
-_TAKE = text("""
-    WITH diambil AS MATERIALIZED (
-        SELECT id_transaksi FROM outbox ORDER BY id_transaksi LIMIT :limit FOR UPDATE SKIP LOCKED),
-    dihapus AS (
-        DELETE FROM outbox WHERE id_transaksi = ANY (ARRAY(SELECT id_transaksi FROM diambil))
-        RETURNING id_transaksi, traceparent)
-    SELECT d.id_transaksi, d.traceparent, t.*
-    FROM dihapus d CROSS JOIN LATERAL (
-        SELECT tanggal_transaksi, no_rekening, jenis_transaksi, nominal
-        FROM transaksi WHERE id = d.id_transaksi LIMIT 1) t
-    ORDER BY d.id_transaksi""")
 _OUTBOX_AGE = text("""
     SELECT extract(epoch FROM clock_timestamp() - tanggal_transaksi)::float8
-    FROM outbox JOIN transaksi ON id = id_transaksi ORDER BY id_transaksi LIMIT 1""")
-# Up to the first row that is too young, not past it: times need not follow ids to the millisecond.
-_RECONCILE = text("""
-    WITH jendela AS MATERIALIZED (
-        SELECT id, jenis_transaksi, nominal, tanggal_transaksi FROM transaksi WHERE id = ANY ((:missing)::bigint[])
-        UNION ALL
-        SELECT id, jenis_transaksi, nominal, tanggal_transaksi FROM (
-            SELECT *, bool_and(tanggal_transaksi < now() - make_interval(secs => :after)) OVER (ORDER BY id) AS matang
-            FROM (SELECT * FROM transaksi WHERE id > :checked ORDER BY id LIMIT :window) baru) baru
-        WHERE matang),
-    banding AS MATERIALIZED (
-        SELECT id, m.id_transaksi IS NULL AS hilang, (m.jenis_transaksi, m.nominal, m.tanggal_transaksi)
-            IS DISTINCT FROM (t.jenis_transaksi, t.nominal, t.tanggal_transaksi) AS beda
-        FROM jendela t LEFT JOIN LATERAL (SELECT * FROM mutasi WHERE id_transaksi = t.id LIMIT 1) m ON true),
-    kembali AS (
-        INSERT INTO outbox (id_transaksi) SELECT id FROM banding WHERE hilang ORDER BY id
-        ON CONFLICT DO NOTHING)
-    SELECT greatest(max(id), :checked) AS checked, count(*) = :window + cardinality((:missing)::bigint[]) AS full,
-        coalesce(array_agg(id ORDER BY id) FILTER (WHERE hilang), '{}') AS missing,
-        coalesce(array_agg(id ORDER BY id) FILTER (WHERE beda AND NOT hilang), '{}') AS beda
-    FROM banding""")
+    FROM transaksi WHERE id = (SELECT min(id_transaksi) FROM outbox)""")
+# ARRAY and LATERAL ... LIMIT 1 make every plan look up single ids by index, not read the journal.
+_MARK_LOST = text("""
+    WITH marked AS (
+        UPDATE outbox SET dikirim_pada = clock_timestamp()
+        WHERE id_transaksi = ANY (ARRAY(
+            SELECT id_transaksi FROM outbox
+            WHERE dikirim_pada < clock_timestamp() - make_interval(secs => :after)
+            ORDER BY id_transaksi LIMIT :limit FOR UPDATE SKIP LOCKED))
+        RETURNING id_transaksi, traceparent)
+    SELECT journal.*, marked.traceparent
+    FROM marked CROSS JOIN LATERAL (SELECT * FROM transaksi WHERE id = id_transaksi LIMIT 1) journal
+    ORDER BY id""")
 
 
-def take_outbox(connection: Connection, limit: int) -> Sequence[Row[Any]]:
-    """Take up to `limit` movements out of the outbox, oldest first; a rollback puts them back."""
-    return connection.execute(_TAKE, {"limit": limit}).all()
+def outbox_age(engine: Engine) -> float:
+    """Age in seconds of the oldest movement that is not booked, 0 where all are."""
+    with engine.connect() as connection:
+        return connection.scalar(_OUTBOX_AGE) or 0.0
 
 
-def outbox_age(connection: Connection) -> float:
-    """Age in seconds of the oldest movement in the outbox, 0 where there is none."""
-    return connection.scalar(_OUTBOX_AGE) or 0.0
-
-
-def reconcile(connection: Connection, checked: int, missing: Sequence[int], after_s: int) -> Row[Any] | None:
-    """Put movements without a mutation row back into the outbox; None while another relay is at it.
-
-    Looks at those that were `missing`, and at a window of journal rows after id `checked` that are older than
-    `after_s` seconds. Gives the new `checked` and `missing`, the ids whose mutation row says something else than the
-    journal (`beda`), and whether the window was `full`.
-    """
-    if not connection.scalar(select(func.pg_try_advisory_xact_lock(RECONCILE_LOCK))):
-        return None
-    found = {"checked": checked, "missing": list(missing), "after": after_s, "window": RECONCILE_WINDOW}
-    return connection.execute(_RECONCILE, found).one()
+def mark_lost(engine: Engine, after_s: float, limit: int) -> list[Movement]:
+    """Mark up to `limit` movements last sent over `after_s` seconds ago as sent now, and return them."""
+    with engine.begin() as connection:
+        rows = connection.execute(_MARK_LOST, {"after": after_s, "limit": limit}).all()
+    return [_movement(row) for row in rows]

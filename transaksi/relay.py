@@ -1,13 +1,13 @@
-"""The relay: the outbox's committed movements to the Redis Stream, at least once.
+"""The relay: committed movements to the Redis Stream, at least once.
 
-In one transaction it takes rows out of the outbox, adds them to the stream, and commits. A failure puts the rows back;
-a crash in between sends them twice, which the consumer knows to ignore. Whatever Redis may lose afterwards is found by
-`_reconcile`, which compares the journal with the mutation book.
+The teller hands over each batch in memory, right after its commit. What cannot be sent is dropped:
+a movement stays in the outbox until the mutation book has it. Every now and then the relay looks
+there for movements that were lost on the way, and sends them again.
 """
 
+import asyncio
 import logging
-import threading
-import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -15,145 +15,150 @@ from typing import Any
 from opentelemetry import trace
 from redis import Redis
 from redis.exceptions import RedisError
-from sqlalchemy import Engine, Row
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from servers import STREAM, Outage
-from telemetry import business, messaging, trace_of, traceparent
+from common.connections import Outage
+from common.telemetry import masked, message_span, traceparent
 from transaksi import datastore
+from transaksi.app import Movement
+from transaksi.datastore import Database
 
 log = logging.getLogger(__name__)
-tracer = trace.get_tracer(__name__)
 
+STREAM = "mutasi"
 BATCH = 1000
-POLL_S = 0.5  # for rows that another process left behind
-GATHER_S = 0.01  # many rows a turn: fewer transactions and fewer fsyncs, here and in mutasi
+GATHER_S = 0.01  # larger batches cost fewer fsyncs, and fewer transactions in mutasi
+MAX_WAITING = 10_000
 
 
 class Relay:
-    """The background thread that hands movements over.
+    """The relay of one process. `database` has one thread, which also talks to Redis.
 
-    While the stream is longer than `max_stream` entries the rest waits in PostgreSQL. Movements older than
-    `reconcile_after` seconds without a mutation row are sent again.
+    Nothing is sent while the stream has `max_stream` entries. A movement that is not booked after
+    twice `resend_after` seconds is sent again.
     """
 
-    def __init__(self, engine: Engine, redis: Redis, max_stream: int, reconcile_after: int) -> None:
-        self._engine = engine
+    def __init__(
+        self, database: Database, redis: Redis, postgres: Outage, max_stream: int, resend_after: int
+    ) -> None:
+        self._database = database
         self._redis = redis
+        self._postgres = postgres
         self._max_stream = max_stream
-        self._reconcile_after = reconcile_after
-        self._checked = 0  # every movement up to this id has its mutation, but for the missing
-        self._missing: Sequence[int] = ()
-        self._next_reconcile = 0.0
-        self._full = False
-        self._stopping = threading.Event()
-        self._woken = threading.Event()
-        self._outage = Outage(log, "the way to the stream")
-        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
+        self._resend_after = resend_after
+        self._waiting: deque[tuple[float, Movement]] = deque()
+        self._work: asyncio.Task[None] | None = None
+        self._outage = Outage("Redis")
+        self._alarm = 0
 
-    def start(self) -> None:
-        self._thread.start()
+    def hand_over(self, movements: Sequence[Movement]) -> None:
+        """Take committed movements; those for which there is no room stay in the outbox."""
+        now = asyncio.get_running_loop().time()
+        self._waiting.extend((now, m) for m in movements[: MAX_WAITING - len(self._waiting)])
+        if self._waiting and (self._work is None or self._work.done()):
+            self._work = asyncio.create_task(self._send_waiting())
 
-    def wake(self) -> None:
-        """Something is in the outbox."""
-        self._woken.set()
+    async def close(self) -> None:
+        """Wait until all is sent, 1 s at most."""
+        if self._work:
+            await asyncio.wait([self._work], timeout=1)
 
-    def stop(self) -> None:
-        """Hand over what is there, then end; what cannot be handed over within 1 s stays in the outbox."""
-        self._stopping.set()
-        self.wake()
-        self._thread.join(timeout=1)
+    async def _send_waiting(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(GATHER_S)
+            batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+            # What waited longer may have been sent again meanwhile.
+            since = asyncio.get_running_loop().time() - self._resend_after
+            await self._database.run(self._send, [m for at, m in batch if at > since])
 
-    def _run(self) -> None:
-        pause = 0.0
+    async def watch(self) -> None:
+        """Look for lost movements every half of `resend_after`, until cancelled."""
         while True:
-            stopping = self._stopping.is_set()  # read before the last turn, not after it
-            try:
-                handed_over = self._hand_over() if self._room() else 0
-                self._reconcile()
+            while await self._database.run(self._resend) == BATCH:
+                pass
+            await asyncio.sleep(self._resend_after / 2)
+
+    def _send(self, _: Engine, movements: Sequence[Movement]) -> None:
+        """Add movements to the stream: all or none of them, with one fsync."""
+        try:
+            if not movements or self._stream()[0] >= self._max_stream:
+                return
+            with ExitStack() as spans, self._redis.pipeline(transaction=True) as pipe:
+                for movement in movements:
+                    pipe.xadd(STREAM, message(movement, spans))
+                pipe.execute()
+            self._outage.end()
+            log.debug("batch sent to the stream", extra={"count": len(movements)})
+        except RedisError as error:
+            self._outage.begin(error)
+        except Exception:
+            log.exception("unexpected error")
+
+    def _resend(self, engine: Engine) -> int:
+        """Send up to `BATCH` lost movements again. Returns how many.
+
+        While the stream is empty or its oldest entry is young, nothing is merely late: what was
+        sent long ago and is not booked is lost. It is marked as sent before it is sent, so that no
+        row is locked while Redis is waited for, and a failure means another try later.
+        """
+        try:
+            behind_s = datastore.outbox_age(engine)
+            self._postgres.end()
+            self._report(behind_s)
+            length, age_s = self._stream()
+            if not behind_s:
                 self._outage.end()
-                pause = 0.0
-            except (DBAPIError, RedisError) as error:
-                self._outage.begin(error)
-                handed_over, pause = 0, min(pause + POLL_S, 5.0)
-                self._stopping.wait(pause)
-            if stopping and not handed_over:
-                return
-            if handed_over < BATCH and not stopping:
-                self._woken.wait(POLL_S)
-                self._woken.clear()
-                time.sleep(GATHER_S)
+            if length >= self._max_stream or age_s >= self._resend_after:
+                return 0
+            lost = datastore.mark_lost(engine, 2 * self._resend_after, BATCH)
+            if lost:
+                log.info("movements sent from the outbox", extra={"count": len(lost)})
+                self._send(engine, lost)
+            return len(lost)
+        except RedisError as error:
+            self._outage.begin(error)
+        except DBAPIError as error:
+            self._postgres.begin(error)
+        except Exception:
+            log.exception("unexpected error")
+        return 0
 
-    def _room(self) -> bool:
-        """Whether the stream may grow: a backlog is kept on PostgreSQL's disk, not in Redis's memory."""
-        full = self._redis.xlen(STREAM) >= self._max_stream
-        if full and not self._full:
-            log.warning("backlog growing: the stream is at its limit", extra={"batas": self._max_stream})
-        self._full = full
-        return not full
-
-    def _hand_over(self) -> int:
-        """Move up to `BATCH` movements from the outbox to the stream; how many."""
-        with self._engine.begin() as connection, ExitStack() as spans:
-            rows = datastore.take_outbox(connection, BATCH)
-            if rows:
-                with self._redis.pipeline(transaction=True) as pipe:  # all or nothing, one fsync
-                    for row in rows:
-                        pipe.xadd(STREAM, _message(row, spans))
-                    pipe.execute()
-                log.debug("batch handed to the stream", extra={"jumlah": len(rows)})
-        return len(rows)
-
-    def _reconcile(self) -> None:
-        """Now and then, and only while nothing is merely late, send again what never arrived."""
-        if time.monotonic() < self._next_reconcile:
-            return
-        self._next_reconcile = time.monotonic() + self._reconcile_after / 6
-        late = self._reconcile_after / 2
-        with self._engine.begin() as connection:
-            if self._stream_age() > late or datastore.outbox_age(connection) > late:
-                return
-            found = datastore.reconcile(connection, self._checked, self._missing, self._reconcile_after)
-        if found is None:  # another relay is at it
-            return
-        self._checked, self._missing = found.checked, found.missing
-        if found.beda:
-            log.critical(
-                "audit difference: the mutation book says something else than the journal",
-                extra={"id_transaksi": found.beda},
-            )
-        if found.missing:
-            log.warning("movements without mutation sent again", extra={"jumlah": len(found.missing)})
-            self.wake()
-        if found.full:
-            self._next_reconcile = 0.0
-
-    def _stream_age(self) -> float:
-        """Age in seconds, by Redis' own clock, of the oldest entry; 0 for an empty stream."""
+    def _stream(self) -> tuple[int, float]:
+        """The stream's length, and the age in seconds of its oldest entry, by Redis' own clock."""
         with self._redis.pipeline(transaction=False) as pipe:
+            pipe.xlen(STREAM)
             pipe.xrange(STREAM, count=1)
             pipe.time()
-            oldest, (now, _) = pipe.execute()
-        return now - int(oldest[0][0].split(b"-")[0]) / 1000 if oldest else 0.0
+            length, oldest, (now, _) = pipe.execute()
+        return length, now - int(oldest[0][0].split(b"-")[0]) / 1000 if oldest else 0.0
+
+    def _report(self, behind_s: float) -> None:
+        """Log once when the outbox falls behind, and once when it has caught up."""
+        alarm = (behind_s > 3 * self._resend_after) + (behind_s > 10 * self._resend_after)
+        if alarm > self._alarm:
+            text, level = (("behind", "far behind")[alarm - 1], (logging.WARNING, logging.ERROR)[alarm - 1])
+            log.log(level, "outbox is %s", text, extra={"age_s": round(behind_s)})
+            self._alarm = alarm
+        elif self._alarm and not alarm:
+            log.info("outbox has caught up")
+            self._alarm = 0
 
 
-def _message(row: Row[Any], spans: ExitStack) -> dict[Any, Any]:
+def message(movement: Movement, spans: ExitStack) -> dict[Any, Any]:
     """The stream entry of a movement. Its span, a child of the request's, ends with `spans`."""
-    message = {
-        "id_transaksi": row.id_transaksi,
-        "tanggal_transaksi": row.tanggal_transaksi.isoformat(),
-        "no_rekening": row.no_rekening,
-        "jenis_transaksi": row.jenis_transaksi,
-        "nominal": row.nominal,
+    command = movement.command
+    facts: dict[str, Any] = {
+        "id_transaksi": movement.id_transaksi,
+        "no_rekening": command.no_rekening,
+        "jenis_transaksi": command.jenis_transaksi,
+        "nominal": command.nominal,
     }
-    if row.traceparent:
-        span = tracer.start_span(
-            "send mutasi",
-            context=trace_of(row.traceparent),
-            kind=trace.SpanKind.PRODUCER,
-            attributes=messaging("send", STREAM) | business(row),
-        )
+    entry = facts | {"tanggal_transaksi": str(movement.tanggal_transaksi).replace(" ", "T")}
+    if command.traceparent:
+        facts["no_rekening"] = masked(command.no_rekening)
+        span = message_span("send", STREAM, command.traceparent, facts)
         spans.callback(span.end)
         with trace.use_span(span):
-            message["traceparent"] = traceparent() or row.traceparent
-    return message
+            entry["traceparent"] = traceparent() or command.traceparent
+    return entry

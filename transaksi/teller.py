@@ -1,175 +1,147 @@
 """The teller: many requests, one transaction (group commit).
 
-Each request puts its command in a queue and awaits the answer. One writer thread takes all that wait and moves them
-in one transaction: one wait for the disk and a handful of statements for the whole batch. Answers go out after the
-commit, never before.
+Each request queues its command and awaits the answer. While one batch is in the database the next one
+gathers, and is then posted in one transaction: a few statements and one wait for the disk for all of it.
+Answers go out after the commit, never before.
 """
 
 import asyncio
 import logging
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
-from opentelemetry import trace
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from servers import Outage, data_refused, describe, sqlstate
-from telemetry import batch_span
+from common.connections import Outage, data_refused, describe
 from transaksi import datastore
-from transaksi.app import Ditolak, Gerakan, Hasil, Perintah, Ulangan, Unavailable, Unknown, decide
+from transaksi.app import Command, Movement, Refusal, Replay, Result, Unavailable, Unknown, decide
+from transaksi.datastore import Database
 
 log = logging.getLogger(__name__)
-tracer = trace.get_tracer(__name__)
 
 BATCH = 512
-TRIES = 5
-PROBE = Perintah("tarik", no_rekening="", nominal=1)  # goes the whole way, and is refused at its end
-DEADLOCK = ("40P01", "40001")  # and serialization failure: the batch may just be tried again
-
-
-Answer = Hasil | Unavailable | Unknown
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A command and who waits for its answer."""
+    """A queued command, and where its answer is awaited."""
 
-    perintah: Perintah
-    future: asyncio.Future[Gerakan | Ulangan]
+    command: Command
+    answer: asyncio.Future[Movement | Replay]
     taken: bool = False
 
 
 class Teller:
-    """The queue of one process and the thread that works it off.
+    """The queue of one process. `database` has one thread; `committed` gets the movements of each batch."""
 
-    `committed` is called after each commit that put something into the outbox.
-    """
-
-    def __init__(self, engine: Engine, max_queue: int, committed: Callable[[], None]) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        database: Database,
+        postgres: Outage,
+        max_queue: int,
+        committed: Callable[[Sequence[Movement]], None],
+    ) -> None:
+        self._database = database
         self._max_queue = max_queue
         self._committed = committed
-        self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
-        self._claim = threading.Lock()
-        self._outage = Outage(log, "PostgreSQL")
-        self._probe: asyncio.Future[bool] | None = None
-        self._thread = threading.Thread(target=self._run, name="teller", daemon=True)
+        self._queue: deque[Ticket] = deque()
+        self._work: asyncio.Task[None] | None = None
+        self._postgres = postgres
 
-    def start(self) -> None:
-        """Start the writer; to be called in the event loop that will submit."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
+    async def submit(self, command: Command) -> Movement | Replay:
+        """Carry out a command.
 
-    def stop(self) -> None:
-        """Work off the queue, then end the writer; returns after 2 s even if the database hangs."""
-        self._queue.put(None)
-        self._thread.join(timeout=2)
-
-    async def submit(self, perintah: Perintah) -> Gerakan | Ulangan:
-        """Carry out a command. Raises `Ditolak` where the rules refuse it, `Unavailable` where it was not carried out
-        (queue full, database away), `Unknown` where nobody can tell.
-
-        The time limit is the caller's: when its task is cancelled, this raises `Unavailable` or `Unknown`, too.
+        Raises a `Refusal`: one of the rules', `Unavailable` if it was not carried out (queue full,
+        database away), `Unknown` if nobody can tell. The time limit is the caller's: when its task is
+        cancelled, the command was not carried out if it was still queued, and unknown otherwise.
         """
-        if self._queue.qsize() >= self._max_queue:
-            raise Unavailable
-        ticket = Ticket(perintah, self._loop.create_future())
-        self._queue.put(ticket)
+        if len(self._queue) >= self._max_queue:
+            raise Unavailable("queue full")
+        ticket = Ticket(command, asyncio.get_running_loop().create_future())
+        self._queue.append(ticket)
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._post_batches())
         try:
-            return await ticket.future
+            return await ticket.answer
         except asyncio.CancelledError:
-            if not ticket.future.cancelled():  # the answer came at the same moment
-                return ticket.future.result()
-            with self._claim:
-                raise (Unknown if ticket.taken else Unavailable) from None
+            if not ticket.answer.cancelled():  # the answer came at the same moment
+                return ticket.answer.result()
+            raise (Unknown if ticket.taken else Unavailable) from None
 
-    async def can_serve(self) -> bool:
-        """Whether a command could be carried out now. One probe serves all who ask meanwhile: anybody may ask, and
-        the queue is the customers'."""
-        if self._probe is None or self._probe.done():
-            self._probe = asyncio.ensure_future(self._try_probe())
-        return await asyncio.shield(self._probe)
+    async def close(self) -> None:
+        """Wait until every command is answered, 2 s at most."""
+        if self._work:
+            await asyncio.wait([self._work], timeout=2)
 
-    async def _try_probe(self) -> bool:
-        try:
-            async with asyncio.timeout(2):
-                await self.submit(PROBE)
-        except Ditolak:
-            return True
-        except (Unavailable, Unknown):
-            pass
-        return False
+    async def _post_batches(self) -> None:
+        """Post batches until the queue is empty, each before the answers of the last one go out."""
+        batch: list[Ticket] = []
+        results: list[Result] = []
+        while self._queue or batch:
+            taken = self._take()
+            posting = self._database.run(self._settle, [t.command for t in taken]) if taken else None
+            self._deliver(batch, results)
+            batch, results = taken, await posting if posting else []
 
-    def _run(self) -> None:
-        while True:
-            batch, last = self._take()
-            if batch:
-                answers = self._settle([ticket.perintah for ticket in batch])
-                with suppress(RuntimeError):  # the event loop has ended
-                    self._loop.call_soon_threadsafe(_deliver, batch, answers)
-            if last:
-                return
-
-    def _take(self) -> tuple[list[Ticket], bool]:
-        """Wait for a command, then take all that wait; True with the last ones before the end."""
-        waiting = [self._queue.get()]
-        while waiting[-1] and len(waiting) < BATCH and not self._queue.empty():
-            waiting.append(self._queue.get())
-        with self._claim:
-            batch = [t for t in waiting if t and not t.future.done()]
-            for ticket in batch:
+    def _take(self) -> list[Ticket]:
+        batch: list[Ticket] = []
+        while self._queue and len(batch) < BATCH:
+            ticket = self._queue.popleft()
+            if not ticket.answer.done():  # cancelled
                 ticket.taken = True
-        return batch, waiting[-1] is None
+                batch.append(ticket)
+        return batch
 
-    def _settle(self, perintah: list[Perintah]) -> Sequence[Answer]:
-        """One answer per command, whatever the database does."""
-        for _ in range(TRIES):
+    def _deliver(self, batch: Sequence[Ticket], results: Sequence[Result]) -> None:
+        for ticket, result in zip(batch, results, strict=True):
+            if ticket.answer.done():  # cancelled
+                continue
+            if isinstance(result, Refusal):
+                ticket.answer.set_exception(result)
+            else:
+                ticket.answer.set_result(result)
+        self._committed([result for result in results if isinstance(result, Movement)])
+
+    def _settle(self, engine: Engine, commands: list[Command], retry: bool = True) -> list[Result]:
+        """One result per command, whatever the database does."""
+        try:
+            results = post(engine, commands)
+            self._postgres.end()
+            return results
+        except Unknown as unknown:
+            self._postgres.begin(unknown.__cause__ or unknown)
+            return [Unknown() for _ in commands]
+        except DBAPIError as error:
+            if error.connection_invalidated and retry:  # a stale connection: nothing has happened yet
+                return self._settle(engine, commands, retry=False)
+            if not data_refused(error):
+                self._postgres.begin(error)
+            elif len(commands) > 1:  # find the bad one
+                return [self._settle(engine, [command])[0] for command in commands]
+            else:
+                log.error("command refused by the database", extra=describe(error))
+            return [Unavailable() for _ in commands]
+        except Exception:
+            log.exception("unexpected error")
+            return [Unknown() for _ in commands]
+
+
+def post(engine: Engine, commands: list[Command]) -> list[Result]:
+    """Post a batch in one transaction.
+
+    Raises `Unknown` if COMMIT failed, `DBAPIError` if the database failed before it.
+    """
+    with engine.connect() as connection:
+        balances = datastore.lock_balances(connection, {c.no_rekening for c in commands})
+        keys = [(c.no_rekening, c.idempotency_key) for c in commands if c.idempotency_key]
+        recorded = datastore.find_keys(connection, keys) if keys else {}
+        results = decide(commands, balances, recorded)
+        if movements := [result for result in results if isinstance(result, Movement)]:
+            datastore.record(connection, movements, balances)
             try:
-                hasil = self._post(perintah)
-            except Unknown as unknown:
-                self._outage.begin(unknown.__cause__)
-                return [Unknown() for _ in perintah]
+                connection.commit()
             except DBAPIError as error:
-                if sqlstate(error) in DEADLOCK:
-                    continue
-                if not data_refused(error):
-                    self._outage.begin(error)
-                elif len(perintah) > 1:
-                    return [self._settle([one])[0] for one in perintah]
-                else:
-                    log.error("the database refused a command", extra=describe(error))
-                return [Unavailable() for _ in perintah]
-            self._outage.end()
-            return hasil
-        return [Unavailable() for _ in perintah]
-
-    def _post(self, perintah: list[Perintah]) -> list[Hasil]:
-        """The batch's transaction. Raises `Unknown` where COMMIT failed, `DBAPIError` where nothing happened."""
-        spans = batch_span(tracer, "commit transaksi", (p.traceparent for p in perintah))
-        with self._engine.connect() as connection, spans:
-            saldo = datastore.lock_saldo(connection, {p.no_rekening for p in perintah})
-            kunci = [(p.no_rekening, p.idempotency_key) for p in perintah if p.idempotency_key]
-            tercatat = datastore.find_keys(connection, kunci) if kunci else {}
-            hasil = decide(perintah, saldo, tercatat)
-            if gerakan := [h for h in hasil if isinstance(h, Gerakan)]:
-                datastore.record(connection, gerakan, saldo)
-                try:
-                    connection.commit()
-                except DBAPIError as error:
-                    raise Unknown from error
-                self._committed()
-        return hasil
-
-
-def _deliver(batch: list[Ticket], answers: Sequence[Answer]) -> None:
-    for ticket, answer in zip(batch, answers, strict=True):
-        if ticket.future.done():  # its client has gone, or its deadline has passed
-            continue
-        if isinstance(answer, Exception):
-            ticket.future.set_exception(answer)
-        else:
-            ticket.future.set_result(answer)
+                raise Unknown from error
+    return results

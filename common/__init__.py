@@ -1,0 +1,1 @@
+"""What both services need: configuration, connections, telemetry."""
