@@ -5,25 +5,17 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
 from common.telemetry import start_logging
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-S = TypeVar("S", bound="Settings")
-
-
-def option(default: T, parse: Callable[[str], T], meaning: str, **more: Any) -> T:
-    """Declare a field of `Settings` that is a command line option; `more` is argparse's."""
-    declared: T = field(default=default, metadata={"type": parse, "help": meaning} | more)
-    return declared
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """Parse a whole number from `low` to `high`."""
+    """An argparse type: a whole number from `low` to `high`."""
 
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
@@ -33,42 +25,39 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What both services are configured with. A service adds its own options in a subclass."""
+class Parser(argparse.ArgumentParser):
+    """The options of both services. A service adds its own."""
 
-    db_host: str = option("127.0.0.1", str, "PostgreSQL host")
-    db_port: int = option(5432, whole(1, 65_535), "PostgreSQL port")
-    db_name: str = option("tabungan", str, "PostgreSQL database")
-    redis_host: str = option("127.0.0.1", str, "Redis host")
-    redis_port: int = option(6379, whole(1, 65_535), "Redis port")
-    log_level: str = option(
-        "INFO",
-        str.upper,
-        "DEBUG, INFO, WARNING, ERROR or CRITICAL",
-        choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
-    )
-    db_user: str
-    db_password: str = field(repr=False)
-    redis_password: str = field(repr=False)
+    def __init__(self, service: str, description: str) -> None:
+        style = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(
+            f"python -m {service}", description=description, formatter_class=style, allow_abbrev=False
+        )
+        self._service = service
+        self.option("--db-host", "127.0.0.1", "PostgreSQL host")
+        self.option("--db-port", 5432, "PostgreSQL port", whole(1, 65_535))
+        self.option("--db-name", "tabungan", "PostgreSQL database")
+        self.option("--redis-host", "127.0.0.1", "Redis host")
+        self.option("--redis-port", 6379, "Redis port", whole(1, 65_535))
+        self.option("--log-level", "INFO", "least level of log lines", str.upper, choices=LEVELS)
 
-    def options(self) -> dict[str, object]:
-        """The settings without the secrets."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata}
+    def option(
+        self, name: str, default: object, meaning: str, parse: Callable[[str], object] = str, **more: Any
+    ) -> None:
+        self.add_argument(name, default=default, help=meaning, type=parse, **more)
 
+    def settings(self) -> argparse.Namespace:
+        """Read arguments and environment and start logging. Exits if one is refused or missing.
 
-def read_settings(cls: type[S], service: str, description: str) -> S:
-    """Read arguments and environment and start logging. Exits if one is refused or missing."""
-    parser = argparse.ArgumentParser(f"python -m {service}", None, description, allow_abbrev=False)
-    for f in fields(cls):
-        if f.metadata:
-            known = {**f.metadata, "help": f"{f.metadata['help']} (default: {f.default})"}
-            parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, metavar="X", **known)
-    values: dict[str, Any] = vars(parser.parse_args())
-    start_logging(service, values["log_level"])
-    for name in ("DB_USER", "DB_PASSWORD", "REDIS_PASSWORD"):
-        values[name.lower()] = os.environ.get(name, "")
-        if not values[name.lower()] and name != "REDIS_PASSWORD":
-            log.critical("cannot start: the environment variable %s is missing", name)
-            sys.exit(1)
-    return cls(**values)
+        `db_user`, `db_password` and `redis_password` ("" for none) come from the environment; `options`
+        is a dict of all the others.
+        """
+        settings = self.parse_args()
+        settings.options = dict(vars(settings))
+        start_logging(self._service, settings.log_level)
+        for name in ("DB_USER", "DB_PASSWORD", "REDIS_PASSWORD"):
+            if not os.environ.get(name) and name != "REDIS_PASSWORD":
+                log.critical("cannot start: the environment variable %s is missing", name)
+                sys.exit(1)
+            setattr(settings, name.lower(), os.environ.get(name, ""))
+        return settings

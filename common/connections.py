@@ -2,6 +2,7 @@
 
 import logging
 import time
+from argparse import Namespace
 from typing import Any
 
 import sqlalchemy
@@ -10,13 +11,11 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy.exc import DBAPIError
 
-from common.config import Settings
-
 log = logging.getLogger(__name__)
 
 
 def open_postgres(
-    settings: Settings, pool_size: int = 1, *, ping: bool = False, **session: Any
+    settings: Namespace, pool_size: int = 1, ping: bool = False, **session: Any
 ) -> sqlalchemy.Engine:
     """Make an engine. `session` are PostgreSQL's settings for its connections, time limits in ms.
 
@@ -47,7 +46,7 @@ def open_postgres(
     )
 
 
-def open_redis(settings: Settings) -> Redis:
+def open_redis(settings: Namespace) -> Redis:
     """Make a client that gives up after 2 s and does not retry."""
     return Redis(
         host=settings.redis_host,

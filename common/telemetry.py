@@ -1,7 +1,6 @@
 """Telemetry: JSON log lines on stdout, and the few helpers for OpenTelemetry traces."""
 
 import logging
-import os
 import sys
 import time
 import traceback
@@ -9,7 +8,6 @@ from datetime import UTC, datetime
 from functools import cache
 from logging.handlers import QueueHandler, QueueListener
 from queue import Queue
-from select import PIPE_BUF
 from typing import Any
 
 from opentelemetry import trace
@@ -35,7 +33,7 @@ class JsonFormatter(OrjsonFormatter):
             fields, rename_fields=NAMES, static_fields={"service": service}, reserved_attrs=known
         )
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+    def formatTime(self, record: logging.LogRecord, _: str | None = None) -> str:
         moment = datetime.fromtimestamp(record.created, UTC)
         return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -46,76 +44,43 @@ class JsonFormatter(OrjsonFormatter):
         return f"{''.join(traceback.format_tb(trail))}{kind.__name__}{text}"
 
 
-class Listener(QueueListener):
-    """Writes queued records to stdout in its thread, as many whole lines a call as a pipe takes at once.
-
-    A write of up to PIPE_BUF bytes is atomic (pipe(7)), so that processes may share a pipe.
-    """
+class Handler(QueueHandler):
+    """Queues records for a writer thread. Callers never wait: a full queue drops the record."""
 
     queue: Queue[logging.LogRecord]
+    dropped = 0
 
-    def __init__(self, service: str) -> None:
-        super().__init__(Queue(10_000))
-        self.dropped = 0
-        self.unwritten = b""
-        self._formatter = JsonFormatter(service)
-
-    def handle(self, record: logging.LogRecord) -> None:
-        try:
-            line = f"{self._formatter.format(record)}\n".encode()
-        except Exception:  # a library's bad call must not end the log
-            line = b""
-            self.dropped += 1
-        if len(self.unwritten + line) > PIPE_BUF:
-            self._write()
-        self.unwritten += line
-        if self.queue.empty():
-            self._write()
-            if self.dropped:
-                count, self.dropped = self.dropped, 0
-                log.warning("log lines dropped", extra={"count": count})
-            time.sleep(0.02)  # lets lines gather: to wake a thread costs more than a line
-
-    def _write(self) -> None:
-        try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[os.write(1, self.unwritten) :]
-        except OSError:  # the reader is gone
-            self.unwritten = b""
-
-
-class Handler(QueueHandler):
-    """Queues records for the listener. Callers never wait: a full queue drops the record."""
-
-    def __init__(self, listener: Listener) -> None:
-        super().__init__(listener.queue)
-        self._listener = listener
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+    def emit(self, record: logging.LogRecord) -> None:
         span = trace.get_current_span().get_span_context()
         if span.is_valid:
             record.trace_id = trace.format_trace_id(span.trace_id)
             record.span_id = trace.format_span_id(span.span_id)
-        return record
+        super().emit(record)
+        if self.dropped and not self.queue.full():
+            count, self.dropped = self.dropped, 0
+            log.warning("log lines dropped", extra={"count": count})
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # formatted by the writer
 
     def handleError(self, _: logging.LogRecord) -> None:
-        self._listener.dropped += 1
+        self.dropped += 1
 
     def flush(self) -> None:
         """Wait until all lines are written, 1 s at most: nobody may be reading stdout."""
         deadline = time.monotonic() + 1
-        while (
-            self._listener.queue.unfinished_tasks or self._listener.unwritten
-        ) and time.monotonic() < deadline:
+        while self.queue.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
 @cache
 def start_logging(service: str, level: str) -> None:
     """Send the lines of all loggers, also of libraries, to stdout as JSON. A second call does nothing."""
-    listener = Listener(service)
-    listener.start()
-    logging.basicConfig(level=level, handlers=[Handler(listener)], force=True)
+    queue: Queue[logging.LogRecord] = Queue(10_000)
+    writer = logging.StreamHandler(sys.stdout)
+    writer.setFormatter(JsonFormatter(service))
+    QueueListener(queue, writer).start()
+    logging.basicConfig(level=level, handlers=[Handler(queue)], force=True)
     logging.captureWarnings(capture=True)
     sys.excepthook = lambda *error: log.critical("died", exc_info=error)
     # Facts that no line shows: https://docs.python.org/3/howto/logging.html#optimization

@@ -1,14 +1,15 @@
 """Start service mutasi: arguments, wiring, then the loop."""
 
 import logging
+import os
 import signal
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from common.config import Settings, option, read_settings, whole
+from common.config import Parser, whole
 from common.connections import open_postgres, open_redis
+from common.telemetry import flush
 from mutasi.api import consume
 from mutasi.datastore import Stream
 
@@ -17,22 +18,20 @@ log = logging.getLogger("mutasi")
 ALIVE = Path(tempfile.gettempdir(), "mutasi.alive")
 
 
-@dataclass(frozen=True, kw_only=True)
-class MutasiSettings(Settings):
-    batch_size: int = option(1000, whole(1, 10_000), "stream entries stored in one transaction")
-
-
 def main() -> None:
-    settings = read_settings(MutasiSettings, "mutasi", "Stores every accepted movement once.")
-    log.info("starting", extra=settings.options())
-    engine = open_postgres(settings, statement_timeout=10_000, idle_in_transaction_session_timeout=10_000)
-    stream = Stream(open_redis(settings))
     stopping = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    parser = Parser("mutasi", "Stores every accepted movement once.")
+    parser.option("--batch-size", 1000, "stream entries stored in one transaction", whole(1, 10_000))
+    settings = parser.settings()
+    log.info("starting", extra=settings.options)
+    engine = open_postgres(settings, statement_timeout=10_000, idle_in_transaction_session_timeout=10_000)
     log.info("started")
-    consume(engine, stream, settings.batch_size, stopping, ALIVE)
+    consume(engine, Stream(open_redis(settings)), settings.batch_size, stopping, ALIVE)
     log.info("stopped")
+    flush()
+    os._exit(0)  # Python's own exit would wait for a reader of stdout that has stopped
 
 
 if __name__ == "__main__":

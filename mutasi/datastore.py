@@ -1,55 +1,27 @@
 """The mutation book in PostgreSQL, and the operations on the stream."""
 
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any, Literal, get_args
+from typing import Any
 
 from redis import Redis
-from sqlalchemy import BigInteger, Engine, Text, TextClause, func, text
-from sqlalchemy.dialects.postgresql import ENUM, TIMESTAMP
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import Engine, TextClause, text
 
 STREAM = "mutasi"
 DEAD_LETTER = f"{STREAM}:dead-letter"
 MAX_DEAD_LETTERS = 10_000
 BLOCK_MS = 500
 
-JenisTransaksi = Literal["tabung", "tarik"]
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Mutasi(Base):
-    """The mutation book: one row per movement, append-only. The database checks it against the journal."""
-
-    __tablename__ = "mutasi"
-    id_transaksi: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    no_rekening: Mapped[str] = mapped_column(Text)
-    tanggal_transaksi: Mapped[datetime] = mapped_column(TIMESTAMP(timezone=True))
-    jenis_transaksi: Mapped[JenisTransaksi] = mapped_column(
-        ENUM(*get_args(JenisTransaksi), name="jenis_transaksi")
-    )
-    nominal: Mapped[int] = mapped_column(BigInteger)
-    dicatat_pada: Mapped[datetime] = mapped_column(
-        TIMESTAMP(timezone=True), server_default=func.clock_timestamp()
-    )
-
-
 COLUMNS = ("id_transaksi", "no_rekening", "tanggal_transaksi", "jenis_transaksi", "nominal")
-_MESSAGES = """unnest(
+_MESSAGES = f"""unnest(
     (:id_transaksi)::bigint[], (:no_rekening)::text[], (:tanggal_transaksi)::timestamptz[],
-    (:jenis_transaksi)::jenis_transaksi[], (:nominal)::bigint[]
-) AS message (id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal)"""
+    (:jenis_transaksi)::jenis_transaksi[], (:nominal)::bigint[]) AS message ({", ".join(COLUMNS)})"""
 # Sorted, so that two consumers with the same messages do not deadlock.
 _INSERT = text(f"""
-    INSERT INTO mutasi (id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal)
-    SELECT * FROM {_MESSAGES} ORDER BY id_transaksi
+    INSERT INTO mutasi ({", ".join(COLUMNS)}) SELECT * FROM {_MESSAGES} ORDER BY id_transaksi
     ON CONFLICT DO NOTHING RETURNING id_transaksi, no_rekening, jenis_transaksi, nominal""")
 _FIND = text(f"""
-    SELECT id_transaksi, no_rekening, jenis_transaksi, nominal FROM mutasi
-    JOIN {_MESSAGES} USING (id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal)""")
+    SELECT id_transaksi, no_rekening, jenis_transaksi, nominal
+    FROM mutasi JOIN {_MESSAGES} USING ({", ".join(COLUMNS)})""")
 
 Rows = Sequence[dict[str, str]]
 Facts = tuple[int, str, str, int]  # id_transaksi, no_rekening, jenis_transaksi, nominal
@@ -61,7 +33,7 @@ def insert_mutations(engine: Engine, rows: Rows) -> set[Facts]:
 
 
 def find_mutations(engine: Engine, rows: Rows) -> set[Facts]:
-    """Those of these movements that are in the mutation book exactly so."""
+    """Those of these movements that are in the mutation book just so."""
     return _execute(engine, _FIND, rows)
 
 

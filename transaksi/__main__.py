@@ -4,10 +4,9 @@ import asyncio
 import gc
 import logging
 import os
+from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
@@ -16,7 +15,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
-from common.config import Settings, option, read_settings, whole
+from common.config import Parser, whole
 from common.connections import Outage, open_redis
 from common.telemetry import flush
 from transaksi.api import OPEN_PATHS, Gate, on_http_exception, router
@@ -28,43 +27,43 @@ from transaksi.teller import Teller
 log = logging.getLogger("transaksi")
 
 MAX_HEAD = 65_536
+NO_METRICS = {"operation_spans": False, "metrics": False, "logs": False}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransaksiSettings(Settings):
-    host: str = option("127.0.0.1", str, "address to listen on")
-    port: int = option(8000, whole(1, 65_535), "port to listen on")
-    workers: int = option(1, whole(1, 64), "processes")
-    auth_cache_ttl: int = option(300, whole(0, 3600), "seconds a right PIN is remembered, 0 = not at all")
-    max_pin_failures: int = option(5, whole(3, 1_000_000), "PIN failures in a row that lock an account")
-    lock_minutes: int = option(15, whole(1, 10_000), "minutes an account stays locked")
-    request_timeout: int = option(5, whole(1, 60), "seconds after which a request is answered at the latest")
-    max_queue: int = option(
-        1000, whole(1, 100_000), "requests that may wait in a process; the surplus gets 503"
+def read_settings() -> Namespace:
+    parser = Parser("transaksi", "Deposits and withdrawals over HTTP.")
+    option = parser.option
+    option("--host", "127.0.0.1", "address to listen on")
+    option("--port", 8000, "port to listen on", whole(1, 65_535))
+    option("--workers", 1, "processes", whole(1, 64))
+    option("--auth-cache-ttl", 300, "seconds a right PIN is remembered, 0 = not at all", whole(0, 3600))
+    option("--max-pin-failures", 5, "PIN failures in a row that lock an account", whole(3, 1_000_000))
+    option("--lock-minutes", 15, "minutes an account stays locked", whole(1, 10_000))
+    option("--request-timeout", 5, "seconds after which a request is answered at the latest", whole(1, 60))
+    option(
+        "--max-queue", 1000, "requests that may wait in a process; the surplus gets 503", whole(1, 100_000)
     )
-    max_stream: int = option(
-        100_000, whole(1, 10_000_000), "stream entries past which movements wait in PostgreSQL"
+    option("--max-stream", 100_000, "stream entries past which movements wait in PostgreSQL", whole(1, 10**7))
+    option(
+        "--resend-after",
+        10,
+        "seconds; a movement not booked after twice as many is sent again",
+        whole(1, 3600),
     )
-    resend_after: int = option(
-        10, whole(1, 3600), "seconds; a movement not booked after twice as many is sent again"
-    )
-
-
-def settings() -> TransaksiSettings:
-    return read_settings(TransaksiSettings, "transaksi", "Deposits and withdrawals over HTTP.")
+    return parser.settings()
 
 
 def create_app() -> FastAPI:
     """Wire up one process; uvicorn calls this in each."""
-    s = settings()
+    settings = read_settings()
     postgres = Outage("PostgreSQL")
-    database = partial(Database, s, limit_ms=s.request_timeout * 1000)
-    relay = Relay(database(1), open_redis(s), postgres, s.max_stream, s.resend_after)
+    redis = open_redis(settings)
+    relay = Relay(Database(settings, 1), postgres, redis, settings.max_stream, settings.resend_after)
     # No ping before each batch: the teller retries on a stale connection itself.
-    teller = Teller(database(1, ping=False), postgres, s.max_queue, committed=relay.hand_over)
+    teller = Teller(Database(settings, 1, ping=False), postgres, settings.max_queue, relay.hand_over)
     # bcrypt has a thread per core, and less CPU than the customers who are in.
-    pin_database = database(os.cpu_count() or 1, nice=10)
-    pins = PinCheck(pin_database, s.auth_cache_ttl, s.max_pin_failures, s.lock_minutes)
+    database = Database(settings, os.cpu_count() or 1, nice=10)
+    pins = PinCheck(database, settings.auth_cache_ttl, settings.max_pin_failures, settings.lock_minutes)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -73,9 +72,7 @@ def create_app() -> FastAPI:
         watch.cancel()
         await teller.close()
         await relay.close()
-        log.info("stopped")
-        flush()
-        os._exit(0)  # Python would wait for the threads, and so for a database that hangs
+        end()
 
     app = FastAPIOffline(
         title="transaksi",
@@ -86,20 +83,22 @@ def create_app() -> FastAPI:
         exception_handlers={HTTPException: on_http_exception},
         redoc_url=None,
         redirect_slashes=False,
-        telemetry={
-            "operation_spans": False,
-            "metrics": False,
-            "logs": False,
-            "exclude": lambda scope: scope.get("path") in OPEN_PATHS,
-        },
+        telemetry=NO_METRICS | {"exclude": lambda scope: scope.get("path") in OPEN_PATHS},
     )
-    app.add_middleware(Gate, pins=pins, time_limit_s=s.request_timeout)
-    app.state.teller, app.state.reads, app.state.health = teller, database(2), None
+    app.add_middleware(Gate, pins=pins, time_limit_s=settings.request_timeout)
+    app.state.teller, app.state.reads, app.state.health = teller, Database(settings, 2), None
     # The garbage collector need not read all modules again and again: a quarter of a request's CPU.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     return app
+
+
+def end() -> None:
+    """End the process. Python's own exit would wait for its threads: for a database that hangs."""
+    log.info("stopped")
+    flush()
+    os._exit(0)
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -123,14 +122,14 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 def main() -> None:
-    s = settings()
-    log.info("starting", extra=s.options())
+    settings = read_settings()
+    log.info("starting", extra=settings.options)
     config = uvicorn.Config(
         "transaksi.__main__:create_app",
         factory=True,
-        host=s.host,
-        port=s.port,
-        workers=s.workers,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
         log_config=None,
         access_log=False,  # our own lines say more
         http="transaksi.__main__:BoundedHttp",
@@ -140,10 +139,11 @@ def main() -> None:
         timeout_graceful_shutdown=3,  # for a client that never ends its request
     )
     sockets = [config.bind_socket()]
-    if s.workers == 1:
+    if settings.workers == 1:
         uvicorn.Server(config).run(sockets)
     else:
         Multiprocess(config, sockets).run()
+        end()
 
 
 if __name__ == "__main__":

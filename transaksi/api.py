@@ -20,9 +20,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from common.connections import describe
 from common.telemetry import masked, traceparent
 from transaksi import datastore, payloads
-from transaksi.app import Command, JenisTransaksi, Refusal, Replay, Unavailable, UnknownAccount
-from transaksi.payloads import BadRequest, documented, validate
-from transaksi.pin import NotAuthenticated, PinCheck, parse
+from transaksi.app import Command, JenisTransaksi, Refusal, Replay, unavailable, unknown_account
+from transaksi.payloads import documented, malformed, validate
+from transaksi.pin import PinCheck, not_authenticated, parse
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ MAX_BODY = 4096
 # No 401 is sent earlier after arrival: its time must not tell its cause. 0.3 s, and the timer's precision.
 MIN_401_S = 0.302
 JSON = re.compile(rb"application/([^;]+\+)?json\s*(;.*)?", re.IGNORECASE)
-KEY = re.compile(payloads.KEY_PATTERN)
 SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
 OPEN_PATHS = {"/health", "/docs", "/openapi.json", *(f"/static-offline-docs/{name}" for name in SWAGGER)}
 
@@ -59,17 +58,21 @@ class Gate:
         except Refusal as raised:
             refusal = raised
         except (TimeoutError, asyncio.CancelledError):  # in a PIN check or a read
-            refusal = Unavailable("time limit")
+            refusal = unavailable("time limit")
         except Exception:
             log.exception("unexpected error", extra=scope["context"])
-            refusal = BadRequest(500)
-        await refuse(scope, refusal)(scope, receive, send)
+            refusal = Refusal(500, "Terjadi kesalahan pada layanan.")
+        context = scope["context"] | {"status": refusal.status, "remark": refusal.remark}
+        context |= {"reason": refusal.reason, "duration_ms": elapsed_ms(scope)}
+        log.warning("request refused", extra=context)
+        response = JSONResponse({"remark": refusal.remark}, refusal.status, refusal.headers)
+        await response(scope, receive, send)
 
     async def _authenticate(self, scope: Scope) -> str:
         try:
             values = headers(scope, b"authorization")
             if len(values) != 1:
-                raise NotAuthenticated(f"{len(values)} Authorization headers")
+                raise not_authenticated(f"{len(values)} Authorization headers")
             account, pin = parse(values[0])
             scope["context"]["no_rekening"] = masked(account)
             await self._pins.check(account, pin)
@@ -88,17 +91,10 @@ def elapsed_ms(scope: Scope) -> float:
     return round((time.monotonic() - arrived) * 1000, 1)
 
 
-def refuse(scope: Scope, refusal: Refusal) -> Response:
-    """Log a refusal and make its answer."""
-    facts = {"status": refusal.status, "remark": refusal.remark, "reason": refusal.reason}
-    facts["duration_ms"] = elapsed_ms(scope)
-    log.warning("request refused", extra=scope["context"] | facts)
-    return JSONResponse({"remark": refusal.remark}, refusal.status, dict(refusal.headers))
-
-
 async def on_http_exception(_: Request, error: HTTPException) -> Response:
     """The router's own 404 and 405."""
-    raise BadRequest(error.status_code, headers=error.headers)
+    remarks = {404: "Alamat tidak dikenali.", 405: "Metode tidak diizinkan untuk alamat ini."}
+    raise Refusal(error.status_code, remarks[error.status_code], headers=dict(error.headers or {}))
 
 
 class PlainRoute(APIRoute):
@@ -142,7 +138,7 @@ async def move(request: Request, jenis_transaksi: JenisTransaksi) -> Response:
     trace.get_current_span().set_attributes(context)
     if payload.no_rekening != scope["account"]:
         context["no_rekening_payload"] = masked(payload.no_rekening)
-        raise UnknownAccount
+        raise unknown_account()
     command = Command(jenis_transaksi, payload.no_rekening, payload.nominal, key, traceparent())
     result = await request.app.state.teller.submit(command)
     movement, replayed = (result.first, True) if isinstance(result, Replay) else (result, False)
@@ -154,27 +150,27 @@ async def move(request: Request, jenis_transaksi: JenisTransaksi) -> Response:
 
 
 async def read_body(request: Request) -> bytes:
-    """The payload. Raises `BadRequest`: 415 not JSON, 413 too large, 408 too late, 400 cut off."""
+    """The payload. Raises `Refusal` if it is not JSON, too large, too late or cut off."""
     if not any(JSON.fullmatch(value) for value in headers(request.scope, b"content-type")):
-        raise BadRequest(415)
+        raise Refusal(415, "Content-Type harus application/json.")
     body = b""
     try:
         async for piece in request.stream():
             body += piece
             if len(body) > MAX_BODY:
-                raise BadRequest(413)
+                raise Refusal(413, "Payload melebihi 4 KiB.")
     except ClientDisconnect:
-        raise BadRequest from None
+        raise malformed() from None
     except asyncio.CancelledError:  # the time limit, or the server is stopping
-        raise BadRequest(408) from None
+        raise Refusal(408, "Payload tidak diterima lengkap pada waktunya.") from None
     return body
 
 
 def idempotency_key(scope: Scope) -> str | None:
-    """The request's key, if it has one. Raises `BadRequest` for a malformed one and for two."""
+    """The request's key, if it has one. Raises `Refusal` for a malformed one and for two."""
     keys = [value.decode("latin-1") for value in headers(scope, b"idempotency-key")]
-    if len(keys) > 1 or not all(KEY.fullmatch(key) for key in keys):
-        raise BadRequest(field="Idempotency-Key")
+    if len(keys) > 1 or not all(re.fullmatch(payloads.KEY, key) for key in keys):
+        raise malformed("Idempotency-Key")
     return keys[0] if keys else None
 
 
@@ -198,21 +194,21 @@ async def mutasi(request: Request) -> Response:
     page = validate(payloads.StatementRequest.model_validate, dict(request.query_params))
     # One more than asked for tells whether there is a next page.
     rows = await read(request, datastore.find_mutations, page.sebelum, page.batas + 1)
-    booked = [payloads.BookedMovement.model_validate(row, from_attributes=True) for row in rows[: page.batas]]
-    following = booked[-1].id_transaksi if len(rows) > page.batas else None
-    facts = {"count": len(booked), "duration_ms": elapsed_ms(request.scope)}
+    statement = payloads.Statement(mutasi=rows[: page.batas], sebelum=None)
+    if len(rows) > page.batas:
+        statement.sebelum = statement.mutasi[-1].id_transaksi
+    facts = {"count": len(statement.mutasi), "duration_ms": elapsed_ms(request.scope)}
     log.info("statement read", extra=request.scope["context"] | facts)
-    statement = payloads.Statement(mutasi=booked, sebelum=following)
     return Response(statement.model_dump_json(), media_type="application/json")
 
 
 async def read(request: Request, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Read from the datastore for the customer. Raises `Unavailable` if the database is away."""
+    """Read from the datastore for the customer. Raises `Refusal` if the database is away."""
     try:
         return await request.app.state.reads.run(function, request.scope["account"], *arguments)
     except DBAPIError as error:
         log.error("cannot read", extra=request.scope["context"] | describe(error))
-        raise Unavailable from None
+        raise unavailable("database") from None
 
 
 @router.get("/health", responses=documented(503))
@@ -225,5 +221,5 @@ async def health(request: Request) -> Response:
         async with asyncio.timeout(2):
             await asyncio.shield(state.health)
     except (TimeoutError, DBAPIError):
-        raise Unavailable("PostgreSQL does not answer") from None
+        raise unavailable("PostgreSQL does not answer") from None
     return JSONResponse({"status": "ok"})

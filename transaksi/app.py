@@ -3,13 +3,13 @@
 Amounts are whole rupiah.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
 MAX_NOMINAL = 1_000_000_000_000
-MAX_SALDO = 2**53 - 1  # the largest integer that every JSON client reads exactly (RFC 8259, 6)
+MAX_SALDO = 2**53 - 1  # the largest integer that every JSON client reads exactly (RFC 8259, section 6)
 
 JenisTransaksi = Literal["tabung", "tarik"]
 
@@ -43,52 +43,30 @@ class Replay:
 
 
 class Refusal(Exception):
-    """A refused request: HTTP status, remark for the customer, headers, reason for the log."""
+    """A refused request: HTTP status, remark for the customer, reason for the log, headers."""
 
-    status = 400
-    remark = ""
-    headers: Mapping[str, str] = {}
-
-    def __init__(self, reason: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
+    def __init__(
+        self, status: int, remark: str, reason: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(remark)
+        self.status, self.remark, self.reason, self.headers = status, remark, reason, headers
 
 
-class UnknownAccount(Refusal):
-    """The account is not the customer's own. Whether it exists makes no difference."""
-
-    remark = "Nomor rekening tidak dikenali."
-
-
-class InsufficientBalance(Refusal):
-    remark = "Saldo tidak mencukupi."
+def unknown_account() -> Refusal:
+    """The account is not the customer's own; whether it exists must make no difference."""
+    return Refusal(400, "Nomor rekening tidak dikenali.")
 
 
-class BalanceLimit(Refusal):
-    remark = "Saldo akan melebihi batas."
-
-
-class KeyReused(Refusal):
-    status = 422
-    remark = "Idempotency-Key sudah dipakai untuk transaksi lain."
-
-
-class Unavailable(Refusal):
+def unavailable(reason: str) -> Refusal:
     """The request was not carried out and will not be: the client may repeat it."""
-
-    status = 503
     remark = "Layanan sedang tidak tersedia, silakan coba lagi."
-    headers: Mapping[str, str] = {"Retry-After": "1"}
+    return Refusal(503, remark, reason, {"Retry-After": "1"})
 
 
-class Unknown(Refusal):
+def unknown_outcome() -> Refusal:
     """The command may or may not have been carried out."""
-
-    status = 503
-    remark = (
-        "Hasil transaksi belum dapat dipastikan; ulangi dengan Idempotency-Key yang sama, "
-        "atau tanyakan dahulu bila tidak memakainya."
-    )
+    remark = "Hasil transaksi belum dapat dipastikan; ulangi dengan Idempotency-Key yang sama, "
+    return Refusal(503, remark + "atau tanyakan dahulu bila tidak memakainya.", "outcome unknown")
 
 
 Key = tuple[str, str]  # account, idempotency key
@@ -100,8 +78,8 @@ def decide(
 ) -> list[Result]:
     """Decide commands in order of arrival: one result each, as if each had come alone.
 
-    `balances` (by account) and `recorded` (movements already made under a key) are updated in
-    place, so that each command sees those before it.
+    `balances` (by account) and `recorded` (movements already made under a key) are updated in place, so
+    that each command sees those before it.
     """
     results: list[Result] = []
     for command in commands:
@@ -117,10 +95,10 @@ def _decide(command: Command, balances: dict[str, int], recorded: dict[Key, Move
     if first := recorded.get(key):
         before = first.command
         if (before.jenis_transaksi, before.nominal) != (command.jenis_transaksi, command.nominal):
-            raise KeyReused
+            raise Refusal(422, "Idempotency-Key sudah dipakai untuk transaksi lain.")
         return Replay(first)
     if account not in balances:
-        raise UnknownAccount
+        raise unknown_account()
     balances[account] = balance_after(command, balances[account])
     movement = Movement(command, balances[account])
     if command.idempotency_key:
@@ -129,11 +107,11 @@ def _decide(command: Command, balances: dict[str, int], recorded: dict[Key, Move
 
 
 def balance_after(command: Command, balance: int) -> int:
-    """The balance after one command. Raises `BalanceLimit` or `InsufficientBalance`."""
+    """The balance after one command. Raises `Refusal`."""
     if command.jenis_transaksi == "tarik":
         if command.nominal > balance:
-            raise InsufficientBalance
+            raise Refusal(400, "Saldo tidak mencukupi.")
         return balance - command.nominal
     if balance + command.nominal > MAX_SALDO:
-        raise BalanceLimit
+        raise Refusal(400, "Saldo akan melebihi batas.")
     return balance + command.nominal

@@ -1,12 +1,13 @@
-"""The tables of service transaksi and its database operations.
+"""The tables of service transaksi and its database operations. init.sql makes the schema.
 
-Reads use the mapped classes. The statements of the hot path are SQL, many rows each: the ORM's unit of
-work would cost twice as much. init.sql makes the schema.
+Reads use the mapped classes. The statements of the hot path are SQL, many rows each: the ORM's unit of work
+would cost twice as much.
 """
 
 import asyncio
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -17,7 +18,6 @@ from sqlalchemy import BigInteger, Connection, Engine, ForeignKey, Row, Text, fu
 from sqlalchemy.dialects.postgresql import ENUM, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from common.config import Settings
 from common.connections import open_postgres
 from transaksi.app import Command, JenisTransaksi, Key, Movement
 
@@ -30,17 +30,10 @@ class Database:
     `nice` gives the threads less CPU than the event loop, on Linux, where niceness is a thread's own.
     """
 
-    def __init__(
-        self, settings: Settings, threads: int, limit_ms: int, nice: int = 0, ping: bool = True
-    ) -> None:
-        self._engine = open_postgres(
-            settings,
-            threads,
-            ping=ping,
-            statement_timeout=limit_ms,
-            lock_timeout=limit_ms // 2,
-            idle_in_transaction_session_timeout=2 * limit_ms,
-        )
+    def __init__(self, settings: Namespace, threads: int, nice: int = 0, ping: bool = True) -> None:
+        limit_ms = settings.request_timeout * 1000
+        limits = {"statement_timeout": limit_ms, "idle_in_transaction_session_timeout": 2 * limit_ms}
+        self._engine = open_postgres(settings, threads, ping, lock_timeout=limit_ms // 2, **limits)
         lower = partial(os.nice, nice) if nice and sys.platform == "linux" else None
         self._executor = ThreadPoolExecutor(threads, initializer=lower)
 
@@ -83,7 +76,7 @@ class Transaksi(Base):
 
 
 class Mutasi(Base):
-    """The mutation book, which service mutasi writes."""
+    """The mutation book, append-only, written by service mutasi."""
 
     __tablename__ = "mutasi"
     id_transaksi: Mapped[int] = mapped_column(ForeignKey(Transaksi.id), primary_key=True)
@@ -98,7 +91,7 @@ class Mutasi(Base):
 
 
 def ping(engine: Engine) -> None:
-    """Raise `DBAPIError` where PostgreSQL does not answer."""
+    """Raise `DBAPIError` if PostgreSQL does not answer."""
     with engine.connect() as connection:
         connection.execute(select(1))
 
@@ -132,23 +125,22 @@ _LOCK = text("""
     ORDER BY no_rekening FOR NO KEY UPDATE""")
 _FIND_KEYS = text("""
     SELECT transaksi.*, NULL AS traceparent FROM transaksi
-    JOIN unnest(:account, :key) AS wanted(no_rekening, idempotency_key)
+    JOIN unnest(:account, :key) AS wanted (no_rekening, idempotency_key)
     USING (no_rekening, idempotency_key)""")
 # The ids follow the order of the commands, and so do the traceparents.
 _RECORD = text("""
     WITH recorded AS (
         INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key)
-        SELECT no_rekening, jenis::jenis_transaksi, nominal, saldo_akhir, idempotency_key
+        SELECT no_rekening, jenis::jenis_transaksi, nominal, saldo_akhir, key
         FROM unnest(:no_rekening, :jenis, (:nominal)::bigint[], (:saldo_akhir)::bigint[], (:key)::text[])
-            WITH ORDINALITY AS command(no_rekening, jenis, nominal, saldo_akhir, idempotency_key, position)
+            WITH ORDINALITY AS command (no_rekening, jenis, nominal, saldo_akhir, key, position)
         ORDER BY position RETURNING id, tanggal_transaksi),
     queued AS (
         INSERT INTO outbox (id_transaksi, traceparent)
         SELECT id, ((:traceparent)::text[])[row_number() OVER (ORDER BY id)] FROM recorded),
     updated AS (
-        UPDATE rekening r SET saldo = new.saldo
-        FROM unnest(:account, (:saldo)::bigint[]) AS new(no_rekening, saldo)
-        WHERE r.no_rekening = new.no_rekening)
+        UPDATE rekening SET saldo = new.saldo
+        FROM unnest(:account, (:saldo)::bigint[]) AS new (account, saldo) WHERE no_rekening = account)
     SELECT id, tanggal_transaksi FROM recorded ORDER BY id""")
 
 
@@ -160,8 +152,7 @@ def lock_balances(connection: Connection, accounts: Iterable[str]) -> dict[str, 
 def find_keys(connection: Connection, keys: Sequence[Key]) -> dict[Key, Movement]:
     """The movements made under these keys.
 
-    To be called after `lock_balances`, as a statement of its own: it then sees what was committed while
-    that one waited.
+    To be called after `lock_balances`, as a statement of its own: it sees what was committed meanwhile.
     """
     accounts, names = zip(*keys, strict=True)
     found = connection.execute(_FIND_KEYS, {"account": list(accounts), "key": list(names)})
@@ -176,21 +167,18 @@ def _movement(row: Row[Any]) -> Movement:
 def record(connection: Connection, movements: Sequence[Movement], balances: dict[str, int]) -> None:
     """Write movements to balances, journal and outbox, and set their ids and times."""
     commands = [m.command for m in movements]
-    touched = {c.no_rekening: balances[c.no_rekening] for c in commands}
-    rows = connection.execute(
-        _RECORD,
-        {
-            "no_rekening": [c.no_rekening for c in commands],
-            "jenis": [c.jenis_transaksi for c in commands],
-            "nominal": [c.nominal for c in commands],
-            "saldo_akhir": [m.saldo_akhir for m in movements],
-            "key": [c.idempotency_key for c in commands],
-            "traceparent": [c.traceparent for c in commands],
-            "account": list(touched),
-            "saldo": list(touched.values()),
-        },
-    )
-    for movement, row in zip(movements, rows, strict=True):
+    accounts = list({c.no_rekening for c in commands})
+    parameters = {
+        "no_rekening": [c.no_rekening for c in commands],
+        "jenis": [c.jenis_transaksi for c in commands],
+        "nominal": [c.nominal for c in commands],
+        "saldo_akhir": [m.saldo_akhir for m in movements],
+        "key": [c.idempotency_key for c in commands],
+        "traceparent": [c.traceparent for c in commands],
+        "account": accounts,
+        "saldo": [balances[account] for account in accounts],
+    }
+    for movement, row in zip(movements, connection.execute(_RECORD, parameters), strict=True):
         movement.id_transaksi, movement.tanggal_transaksi = row
 
 
@@ -227,7 +215,7 @@ def forget_attempts(engine: Engine, account: str, count: int) -> None:
 _OUTBOX_AGE = text("""
     SELECT extract(epoch FROM clock_timestamp() - tanggal_transaksi)::float8
     FROM transaksi WHERE id = (SELECT min(id_transaksi) FROM outbox)""")
-# ARRAY and LATERAL ... LIMIT 1 make every plan look up single ids by index, not read the journal.
+# ARRAY and LATERAL ... LIMIT 1 look up single ids by index under every plan, and never read the journal.
 _MARK_LOST = text("""
     WITH marked AS (
         UPDATE outbox SET dikirim_pada = clock_timestamp()
@@ -236,19 +224,18 @@ _MARK_LOST = text("""
             WHERE dikirim_pada < clock_timestamp() - make_interval(secs => :after)
             ORDER BY id_transaksi LIMIT :limit FOR UPDATE SKIP LOCKED))
         RETURNING id_transaksi, traceparent)
-    SELECT journal.*, marked.traceparent
-    FROM marked CROSS JOIN LATERAL (SELECT * FROM transaksi WHERE id = id_transaksi LIMIT 1) journal
+    SELECT journal.*, traceparent
+    FROM marked CROSS JOIN LATERAL (SELECT * FROM transaksi WHERE id = id_transaksi LIMIT 1) AS journal
     ORDER BY id""")
 
 
 def outbox_age(engine: Engine) -> float:
-    """Age in seconds of the oldest movement that is not booked, 0 where all are."""
+    """Age in seconds of the oldest movement that is not booked, 0 if all are."""
     with engine.connect() as connection:
         return connection.scalar(_OUTBOX_AGE) or 0.0
 
 
 def mark_lost(engine: Engine, after_s: float, limit: int) -> list[Movement]:
-    """Mark up to `limit` movements last sent over `after_s` seconds ago as sent now, and return them."""
+    """Mark up to `limit` movements last sent over `after_s` seconds ago as sent now. Returns them."""
     with engine.begin() as connection:
-        rows = connection.execute(_MARK_LOST, {"after": after_s, "limit": limit}).all()
-    return [_movement(row) for row in rows]
+        return [_movement(row) for row in connection.execute(_MARK_LOST, {"after": after_s, "limit": limit})]

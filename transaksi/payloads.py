@@ -1,7 +1,7 @@
-"""The form of requests and answers: models, remarks of malformed requests, OpenAPI document."""
+"""The form of requests and answers: models, the remarks of malformed requests, the OpenAPI document."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
@@ -12,38 +12,23 @@ from transaksi.app import MAX_NOMINAL, MAX_SALDO, JenisTransaksi, Refusal
 
 M = TypeVar("M", bound=BaseModel)
 
-KEY_PATTERN = "^[ -~]{1,255}$"
+KEY = "^[ -~]{1,255}$"
 REMARKS = {
-    400: "Payload bukan JSON yang sah.",
-    404: "Alamat tidak dikenali.",
-    405: "Metode tidak diizinkan untuk alamat ini.",
-    408: "Payload tidak diterima lengkap pada waktunya.",
-    413: "Payload melebihi 4 KiB.",
-    415: "Content-Type harus application/json.",
-    500: "Terjadi kesalahan pada layanan.",
-}
-FIELD_REMARKS = {
     "no_rekening": "no_rekening harus teks berisi 10 sampai 16 angka.",
     "nominal": "nominal harus bilangan bulat 1 sampai 1.000.000.000.000 rupiah.",
     "Idempotency-Key": "Idempotency-Key harus 1 sampai 255 karakter ASCII yang tercetak.",
     "sebelum": "sebelum harus bilangan bulat positif, paling banyak 18 angka.",
     "batas": "batas harus bilangan bulat 1 sampai 100.",
 }
-
-
-class BadRequest(Refusal):
-    """A request refused for its form, with the remark of its field or of its status."""
-
-    def __init__(self, status: int = 400, field: str = "", headers: Mapping[str, str] | None = None) -> None:
-        super().__init__()
-        self.status, self.headers = status, headers or {}
-        self.remark = FIELD_REMARKS.get(field) or REMARKS[status]
-
-
-def digits(text: str) -> str:
-    if not re.fullmatch("[0-9]{1,18}", text):  # int() takes " +1_0" too
-        raise ValueError
-    return text
+REFUSALS = {
+    400: "Malformed, or against the rules: nothing has changed",
+    401: "Not authenticated, whatever the cause",
+    408: "The payload did not come in time",
+    413: "The payload is over 4 KiB",
+    415: "The payload is not declared as JSON",
+    422: "The key was used for another path or payload",
+    503: "With Retry-After: not carried out, try again. Without: outcome unknown, repeat with the same key",
+}
 
 
 class MovementRequest(BaseModel):
@@ -52,6 +37,12 @@ class MovementRequest(BaseModel):
     model_config = ConfigDict(strict=True)
     no_rekening: str = Field(pattern="^[0-9]{10,16}$", examples=["1234567890"])
     nominal: int = Field(ge=1, le=MAX_NOMINAL, examples=[50000])
+
+
+def digits(text: str) -> str:
+    if not re.fullmatch("[0-9]{1,18}", text):  # int() takes " +1_0", too
+        raise ValueError
+    return text
 
 
 class StatementRequest(BaseModel):
@@ -67,7 +58,7 @@ class Balance(BaseModel):
     saldo: int = Field(ge=0, le=MAX_SALDO, examples=[1050000])
 
 
-class BookedMovement(BaseModel):
+class BookedMovement(BaseModel, from_attributes=True):
     """A movement in the mutation book: whole rupiah, UTC."""
 
     id_transaksi: int = Field(examples=[17])
@@ -90,50 +81,39 @@ class Error(BaseModel):
     remark: str = Field(examples=["Saldo tidak mencukupi."])
 
 
+def malformed(field: str = "") -> Refusal:
+    return Refusal(400, REMARKS.get(field, "Payload bukan JSON yang sah."))
+
+
 def validate(parse: Callable[[Any], M], data: Any) -> M:
-    """`parse(data)`. Raises `BadRequest` that names the first wrong field."""
+    """`parse(data)`. Raises `Refusal` that names the first wrong field."""
     try:
         return parse(data)
     except ValidationError as error:
-        fields = (str(part) for problem in error.errors(include_input=False) for part in problem["loc"])
-        raise BadRequest(field=next((f for f in fields if f in FIELD_REMARKS), "")) from None
-
-
-# ---------------------------------------------------------------- the OpenAPI document
-
-REFUSALS = {
-    400: "Malformed, or against the rules: nothing has changed",
-    401: "Not authenticated, whatever the cause",
-    408: "The payload did not come in time",
-    413: "The payload is over 4 KiB",
-    415: "The payload is not declared as JSON",
-    422: "The key was used for another path or payload",
-    503: "With Retry-After: not carried out, try again. Without: outcome unknown, repeat with the same key",
-}
+        fields = (part for problem in error.errors(include_input=False) for part in problem["loc"])
+        raise malformed(next((str(field) for field in fields if field in REMARKS), "")) from None
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The refusals of a route."""
+    """The refusals of a route, for the OpenAPI document."""
     return {status: {"model": Error, "description": REFUSALS[status]} for status in statuses}
 
 
+def parameter(name: str, where: str, schema: Any, description: str = "") -> dict[str, Any]:
+    return {"name": name, "in": where, "schema": schema, "description": description}
+
+
+KEY_MEANING = "The same key again gets the first answer, with Idempotent-Replayed: true"
 MOVEMENT_DOCUMENT = {
     "requestBody": {
         "required": True,
         "content": {"application/json": {"schema": MovementRequest.model_json_schema()}},
     },
-    "parameters": [
-        {
-            "name": "Idempotency-Key",
-            "in": "header",
-            "description": "The same key again gets the first answer, with Idempotent-Replayed: true",
-            "schema": {"type": "string", "pattern": KEY_PATTERN},
-        }
-    ],
+    "parameters": [parameter("Idempotency-Key", "header", {"type": "string", "pattern": KEY}, KEY_MEANING)],
 }
 STATEMENT_DOCUMENT = {
     "parameters": [
-        {"name": name, "in": "query", "schema": schema}
+        parameter(name, "query", schema)
         for name, schema in StatementRequest.model_json_schema()["properties"].items()
     ]
 }

@@ -1,8 +1,8 @@
 """The PIN check: account number and PIN of the Authorization header.
 
 A right PIN is remembered for a while, so that the next request costs microseconds. Any other costs one
-bcrypt, in threads that run when the event loop leaves the CPU idle. Each attempt is counted in the
-database before it is made: however many guess at once, no more than the limit are compared.
+bcrypt, in threads that run when the event loop leaves the CPU idle. Each attempt is counted in the database
+before it is made: however many guess at once, no more than the limit are compared.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from common.connections import describe
 from common.telemetry import masked
 from transaksi import datastore
-from transaksi.app import Refusal, Unavailable
+from transaksi.app import Refusal, unavailable
 from transaksi.datastore import Database
 
 log = logging.getLogger(__name__)
@@ -32,75 +32,72 @@ CREDENTIALS = re.compile(rb"([0-9]{10,16}):([0-9]{6})")
 DUMMY_HASH = bcrypt.hashpw(secrets.token_bytes(16), bcrypt.gensalt(10)).decode()
 
 
-class NotAuthenticated(Refusal):
-    """No valid credentials. The client gets the same answer for every reason."""
-
-    status = 401
-    remark = "Nomor rekening atau PIN salah."
-    headers = {"WWW-Authenticate": 'Basic realm="transaksi", charset="UTF-8"'}  # noqa: RUF012
+def not_authenticated(reason: str) -> Refusal:
+    """No valid credentials. The client gets the same answer for every reason (RFC 7617)."""
+    challenge = {"WWW-Authenticate": 'Basic realm="transaksi", charset="UTF-8"'}
+    return Refusal(401, "Nomor rekening atau PIN salah.", reason, challenge)
 
 
 def parse(authorization: bytes) -> tuple[str, bytes]:
-    """Account number and PIN of an Authorization header (RFC 7617). Raises `NotAuthenticated`."""
+    """Account number and PIN of an Authorization header. Raises `Refusal`."""
     scheme, _, token = authorization.partition(b" ")
     try:
         match = CREDENTIALS.fullmatch(base64.b64decode(token.strip(), validate=True))
     except binascii.Error:
         match = None
     if scheme.lower() != b"basic" or not match:
-        raise NotAuthenticated("malformed")
+        raise not_authenticated("malformed")
     return match[1].decode(), match[2]
 
 
 class PinCheck:
     """The checks of one process.
 
-    A right PIN is remembered for `ttl` seconds (0: not at all). `max_failures` attempts since the last
+    A right PIN is remembered for `ttl_s` seconds (0: not at all). `max_failures` attempts since the last
     right PIN lock the account for `lock_minutes`.
     """
 
-    def __init__(self, database: Database, ttl: int, max_failures: int, lock_minutes: int) -> None:
+    def __init__(self, database: Database, ttl_s: int, max_failures: int, lock_minutes: int) -> None:
         self._database = database
         self._max_failures = max_failures
         self._lock_minutes = lock_minutes
         self._key = secrets.token_bytes(32)
-        self._remembered: TTLCache[bytes, bool] = TTLCache(MAX_REMEMBERED, ttl)
+        self._remembered: TTLCache[bytes, bool] = TTLCache(MAX_REMEMBERED, ttl_s)
         self._running: dict[bytes, asyncio.Task[None]] = {}
 
     async def check(self, account: str, pin: bytes) -> None:
-        """Return if the PIN is the account's. Raises `NotAuthenticated` or `Unavailable`."""
+        """Return if the PIN is the account's, raise `Refusal` otherwise."""
         # Keyed, so that no PIN is kept; with the colon, so that no pair can be read as another one.
         secret = hashlib.blake2b(b"%s:%s" % (account.encode(), pin), key=self._key).digest()
         if secret in self._remembered:
             return
-        task = self._running.get(secret)
-        if not task:
+        if secret not in self._running:
             if len(self._running) >= MAX_CHECKS:
-                raise Unavailable("too many PIN checks")
-            task = self._running[secret] = asyncio.create_task(self._check(secret, account, pin))
-        await asyncio.shield(task)  # equal checks share it
+                raise unavailable("too many PIN checks")
+            self._running[secret] = asyncio.create_task(self._check(secret, account, pin))
+        await asyncio.shield(self._running[secret])  # equal checks share one
 
     async def _check(self, secret: bytes, account: str, pin: bytes) -> None:
         try:
             reason = await self._database.run(self._compare, account, pin)
         except DBAPIError as error:
             log.error("cannot check a PIN", extra=describe(error))
-            raise Unavailable("database") from None
+            raise unavailable("database") from None
         finally:
             del self._running[secret]
         if reason:
-            raise NotAuthenticated(reason)
+            raise not_authenticated(reason)
         self._remembered[secret] = True
 
     def _compare(self, engine: Engine, account: str, pin: bytes) -> str | None:
         """Why the PIN is refused, None if it is right. Costs one bcrypt in every case."""
-        found = datastore.count_attempt(engine, account, self._max_failures, self._lock_minutes)
-        right = bcrypt.checkpw(pin, (found.pin_hash if found else DUMMY_HASH).encode())
-        if not found:
+        attempt = datastore.count_attempt(engine, account, self._max_failures, self._lock_minutes)
+        right = bcrypt.checkpw(pin, (attempt.pin_hash if attempt else DUMMY_HASH).encode())
+        if not attempt:
             return "unknown account or locked"
         if right:
-            datastore.forget_attempts(engine, account, found.pin_gagal)
+            datastore.forget_attempts(engine, account, attempt.pin_gagal)
             return None
-        if found.pin_gagal >= self._max_failures:
+        if attempt.pin_gagal >= self._max_failures:
             log.warning("account locked", extra={"no_rekening": masked(account)})
         return "wrong PIN"

@@ -1,8 +1,8 @@
 """The relay: committed movements to the Redis Stream, at least once.
 
-The teller hands over each batch in memory, right after its commit. What cannot be sent is dropped:
-a movement stays in the outbox until the mutation book has it. Every now and then the relay looks
-there for movements that were lost on the way, and sends them again.
+The teller hands over each batch in memory, right after its commit. What cannot be sent is dropped: a
+movement stays in the outbox until the mutation book has it. Every now and then the relay looks there for
+movements that were lost on the way, and sends them again.
 """
 
 import asyncio
@@ -35,28 +35,28 @@ MAX_WAITING = 10_000
 class Relay:
     """The relay of one process. `database` has one thread, which also talks to Redis.
 
-    Nothing is sent while the stream has `max_stream` entries. A movement that is not booked after
-    twice `resend_after` seconds is sent again.
+    Nothing is sent while the stream has `max_stream` entries. A movement that is not booked after twice
+    `resend_after_s` is sent again.
     """
 
     def __init__(
-        self, database: Database, redis: Redis, postgres: Outage, max_stream: int, resend_after: int
+        self, database: Database, postgres: Outage, redis: Redis, max_stream: int, resend_after_s: int
     ) -> None:
         self._database = database
-        self._redis = redis
         self._postgres = postgres
+        self._redis = redis
         self._max_stream = max_stream
-        self._resend_after = resend_after
+        self._resend_after_s = resend_after_s
         self._waiting: deque[tuple[float, Movement]] = deque()
         self._work: asyncio.Task[None] | None = None
         self._outage = Outage("Redis")
-        self._alarm = 0
+        self._alarm = logging.INFO
 
     def hand_over(self, movements: Sequence[Movement]) -> None:
         """Take committed movements; those for which there is no room stay in the outbox."""
         now = asyncio.get_running_loop().time()
         self._waiting.extend((now, m) for m in movements[: MAX_WAITING - len(self._waiting)])
-        if self._waiting and (self._work is None or self._work.done()):
+        if self._waiting and (not self._work or self._work.done()):
             self._work = asyncio.create_task(self._send_waiting())
 
     async def close(self) -> None:
@@ -69,15 +69,15 @@ class Relay:
             await asyncio.sleep(GATHER_S)
             batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
             # What waited longer may have been sent again meanwhile.
-            since = asyncio.get_running_loop().time() - self._resend_after
-            await self._database.run(self._send, [m for at, m in batch if at > since])
+            since = asyncio.get_running_loop().time() - self._resend_after_s
+            await self._database.run(self._send, [m for handed_over, m in batch if handed_over > since])
 
     async def watch(self) -> None:
-        """Look for lost movements every half of `resend_after`, until cancelled."""
+        """Look for lost movements every half of `resend_after_s`, until cancelled."""
         while True:
             while await self._database.run(self._resend) == BATCH:
                 pass
-            await asyncio.sleep(self._resend_after / 2)
+            await asyncio.sleep(self._resend_after_s / 2)
 
     def _send(self, _: Engine, movements: Sequence[Movement]) -> None:
         """Add movements to the stream: all or none of them, with one fsync."""
@@ -98,9 +98,9 @@ class Relay:
     def _resend(self, engine: Engine) -> int:
         """Send up to `BATCH` lost movements again. Returns how many.
 
-        While the stream is empty or its oldest entry is young, nothing is merely late: what was
-        sent long ago and is not booked is lost. It is marked as sent before it is sent, so that no
-        row is locked while Redis is waited for, and a failure means another try later.
+        While the stream is empty or its oldest entry is young, nothing is merely late: what was sent long
+        ago and is not booked is lost. It is marked as sent, committed, and then sent: no row is locked while
+        Redis is waited for, and a failure means another try later.
         """
         try:
             behind_s = datastore.outbox_age(engine)
@@ -109,9 +109,9 @@ class Relay:
             length, age_s = self._stream()
             if not behind_s:
                 self._outage.end()
-            if length >= self._max_stream or age_s >= self._resend_after:
+            if length >= self._max_stream or age_s >= self._resend_after_s:
                 return 0
-            lost = datastore.mark_lost(engine, 2 * self._resend_after, BATCH)
+            lost = datastore.mark_lost(engine, 2 * self._resend_after_s, BATCH)
             if lost:
                 log.info("movements sent from the outbox", extra={"count": len(lost)})
                 self._send(engine, lost)
@@ -134,15 +134,16 @@ class Relay:
         return length, now - int(oldest[0][0].split(b"-")[0]) / 1000 if oldest else 0.0
 
     def _report(self, behind_s: float) -> None:
-        """Log once when the outbox falls behind, and once when it has caught up."""
-        alarm = (behind_s > 3 * self._resend_after) + (behind_s > 10 * self._resend_after)
+        """Log once when the outbox falls behind, once when far behind, and once when it has caught up."""
+        alarm, age = logging.INFO, {"age_s": round(behind_s)}
+        if behind_s > 3 * self._resend_after_s:
+            alarm = logging.ERROR if behind_s > 10 * self._resend_after_s else logging.WARNING
         if alarm > self._alarm:
-            text, level = (("behind", "far behind")[alarm - 1], (logging.WARNING, logging.ERROR)[alarm - 1])
-            log.log(level, "outbox is %s", text, extra={"age_s": round(behind_s)})
-            self._alarm = alarm
-        elif self._alarm and not alarm:
+            text = "outbox is behind" if alarm == logging.WARNING else "outbox is far behind"
+            log.log(alarm, text, extra=age)
+        elif alarm == logging.INFO < self._alarm:
             log.info("outbox has caught up")
-            self._alarm = 0
+        self._alarm = alarm if alarm == logging.INFO else max(alarm, self._alarm)
 
 
 def message(movement: Movement, spans: ExitStack) -> dict[Any, Any]:
