@@ -1,7 +1,12 @@
-# Everything needs only Python 3.11+, pip and make: PostgreSQL and a Redis-compatible server come with the packages.
+# Needs Python 3.11 or newer with pip 22.3 or newer, and make. PostgreSQL and a Redis-compatible
+# server come with the packages. The environment without uv, by pip alone, which takes longer:
+#   python3 -m venv .venv && .venv/bin/pip install --require-hashes -r requirements-dev.txt && touch .venv/ready
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/ready
+UV = $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
+INSTALL = $(UV) pip install --quiet --python .venv --require-hashes
+COMPILE = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header -q -U
 
 help:            ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -9,16 +14,16 @@ help:            ## show this
 run: $(READY)    ## start both services without Docker, on port 8000; Ctrl-C stops everything
 	@$(BIN)/python -m dev.local
 
-test: $(READY)   ## all tests, under 5 minutes
+test: $(READY)   ## all tests but the long ones
 	$(BIN)/pytest -m "not long"
 
-test-quick: $(READY)  ## the four scenarios and the HTTP contract, in seconds
+test-quick: $(READY)  ## the four scenarios and the HTTP contract, against API_URL if that is set
 	$(BIN)/pytest test_api.py
 
-test-long: $(READY)   ## the tests that take longer
+test-long: $(READY) .venv/ready-long  ## the tests that take longer
 	$(BIN)/pytest -m long
 
-bench: $(READY)  ## measure; under 10 minutes
+bench: $(READY)  ## measure
 	$(BIN)/python -m dev.bench
 
 lint: $(READY)   ## formatting, style, types, and the compose file where Docker is there
@@ -32,12 +37,23 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 
 lock: $(READY)   ## pin the newest allowed versions of everything, with hashes
-	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header -q -U pyproject.toml -o requirements.txt
-	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header -q -U pyproject.toml --group dev -c requirements.txt -o requirements-dev.txt
+	$(COMPILE) pyproject.toml -o requirements.txt
+	$(COMPILE) pyproject.toml --group dev -c requirements.txt -o requirements-dev.txt
+	$(COMPILE) --group long -c requirements-dev.txt -o requirements-long.txt
 
+# uv installs the packages. Where it is not on the PATH, pip brings the version pinned here.
 $(READY): requirements-dev.txt
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@echo "Installing the packages of requirements-dev.txt into .venv (only the first time)"
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.13 ...")'
+	@$(PYTHON) -m venv --clear --without-pip .venv
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements-dev.txt > .venv/uv.txt
+	@test $(UV) != $(BIN)/uv || $(PYTHON) -m pip --python .venv install -q --disable-pip-version-check --require-hashes -r .venv/uv.txt
+	@$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+.venv/ready-long: requirements-long.txt $(READY)
+	@echo "Installing the packages of requirements-long.txt into .venv (only the first time)"
+	@$(INSTALL) -r requirements-long.txt
 	@touch $@
 
 .PHONY: help run test test-quick test-long bench lint format lock

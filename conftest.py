@@ -1,32 +1,49 @@
-"""Fixtures: a bank of real processes on real servers, or with API_URL one that is already running."""
+"""Fixtures: services on servers of our own, or with API_URL a deployment (needs only httpx)."""
+
+from __future__ import annotations
 
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from functools import partialmethod
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
-import psycopg2
 import pytest
-from redis import Redis as RedisClient
 
-from dev.local import Postgres, Redis, Service
+if not (API_URL := os.environ.get("API_URL")):
+    import psycopg2
+    from redis import Redis as RedisClient
 
-API_URL = os.environ.get("API_URL")
+    from dev.local import Postgres, Redis, Service
+
 PIN = "123456"
 PIN_HASH = "$2b$10$CxlNcIK8q19til.lbenvnuJlfS/0p3G3DAT5tMDHzVeYB1zUfq8aW"  # of PIN, as in init.sql
+FIELDS = {
+    "timestamp": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.(\d{3}|\d{6})Z",
+    "level": "DEBUG|INFO|WARNING|ERROR|CRITICAL",
+    "message": "(?s).+",
+    "service": "transaksi|mutasi",
+    "logger": ".+",
+}
+SECRETS = {
+    "a PIN": r"(?<!\w)(123456|234567|345678)(?!\w)",  # those of this file and of init.sql
+    "a PIN in base64": "MjM0NTY=|MzQ1Njc=|NDU2Nzg=",  # the ends of their Authorization headers
+    "a header": "(?i)basic [a-z0-9+/]{8}",
+    "a hash": r"\$2[aby]\$",
+    "an account number": r"(?<![\w-])\d{10,16}(?![\w-])",
+}
 _numbers = count(5_000_000_000)
 
 
 def eventually(check: Callable[[], Any], seconds: float = 20, every: float = 0.02) -> Any:
-    """What `check` gives as soon as it is true; fails after `seconds`."""
+    """Return the result of `check` as soon as it is true; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := check()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {check}"
@@ -34,51 +51,46 @@ def eventually(check: Callable[[], Any], seconds: float = 20, every: float = 0.0
     return value
 
 
-@dataclass
-class Nasabah:
-    """A customer at the counter."""
+class Customer:
+    """An HTTP client that authenticates with an account number and a PIN."""
 
-    url: str
-    no_rekening: str
-    pin: str = PIN
-    client: httpx.Client = field(init=False)
+    def __init__(self, url: str, no_rekening: str, pin: str = PIN) -> None:
+        self.no_rekening = no_rekening
+        self.client = httpx.Client(base_url=url, auth=(no_rekening, pin), timeout=30)
+        self.close = self.client.close
 
-    def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, auth=(self.no_rekening, self.pin), timeout=30)
+    def post(self, path: str, nominal: Any, no_rekening: str = "", **headers: str) -> httpx.Response:
+        """Headers are keywords: `idempotency_key="x"` is sent as Idempotency-Key."""
+        payload = {"no_rekening": no_rekening or self.no_rekening, "nominal": nominal}
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.client.post(path, json=payload, headers=names)
 
-    def tabung(self, nominal: Any, **headers: str) -> httpx.Response:
-        return self.post("/tabung", nominal, **headers)
+    deposit, withdraw = partialmethod(post, "/tabung"), partialmethod(post, "/tarik")
 
-    def tarik(self, nominal: Any, **headers: str) -> httpx.Response:
-        return self.post("/tarik", nominal, **headers)
-
-    def post(self, path: str, nominal: Any, no_rekening: str | None = None, **headers: str) -> httpx.Response:
-        """Headers as keywords: `idempotency_key="x"` is sent as Idempotency-Key."""
-        return self.client.post(
-            path,
-            json={"no_rekening": no_rekening or self.no_rekening, "nominal": nominal},
-            headers={name.replace("_", "-"): value for name, value in headers.items()},
-        )
+    def balance(self) -> int:
+        return int(self.client.get("/saldo").raise_for_status().json()["saldo"])
 
 
 class Database:
     """PostgreSQL as its superuser sees it."""
 
-    def __init__(self, postgres: Postgres) -> None:
-        self.server = postgres
+    def __init__(self, server: Postgres) -> None:
+        self.server = server
 
     def __call__(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """The rows of one statement, in a transaction and a connection of its own."""
-        connection = psycopg2.connect(self.server.url())
-        try:
-            with connection, connection.cursor() as cursor:
-                cursor.execute(query, parameters)
-                return cursor.fetchall() if cursor.description else []
-        finally:
-            connection.close()
+        """Run one statement in a transaction of its own; return its rows."""
+        with self.holding(query, *parameters) as rows:
+            return rows
+
+    @contextmanager
+    def holding(self, query: str, *parameters: Any) -> Iterator[list[tuple[Any, ...]]]:
+        """Run a statement and keep its transaction, with its locks, open during the block."""
+        with closing(psycopg2.connect(self.server.url())) as db, db, db.cursor() as cursor:
+            cursor.execute(query, parameters)
+            yield cursor.fetchall() if cursor.description else []
 
     def open_account(self, saldo: int = 0) -> str:
-        """A new account with PIN 123456."""
+        """Open an account with PIN 123456; return its number."""
         no_rekening = str(next(_numbers))
         self("SELECT buka_rekening(%s, 'Uji Coba', %s, %s)", no_rekening, PIN_HASH, saldo)
         return no_rekening
@@ -86,87 +98,60 @@ class Database:
     def saldo(self, no_rekening: str) -> int:
         return int(self("SELECT saldo FROM rekening WHERE no_rekening = %s", no_rekening)[0][0])
 
-    def differences(self) -> list[tuple[Any, ...]]:
-        """The accounts for which balance, journal and mutation book do not agree."""
-        return self("SELECT * FROM audit_saldo WHERE (selisih_transaksi, selisih_mutasi, beda) <> (0, 0, 0)")
-
     def audit(self, seconds: float = 30) -> None:
-        """Outbox and stream empty themselves, and then everything agrees to the rupiah."""
+        """Every movement is booked or in the outbox, never both, and soon all are booked."""
+        booked, waiting = (f"id IN (SELECT id_transaksi FROM {t})" for t in ("mutasi", "outbox"))
+        assert self(f"SELECT id FROM transaksi WHERE ({booked}) = ({waiting})") == []
         eventually(lambda: self("SELECT count(*) FROM outbox") == [(0,)], seconds)
-        eventually(lambda: not self.differences(), seconds)
+        differ = "SELECT * FROM audit_saldo WHERE (selisih_transaksi, selisih_mutasi) <> (0, 0)"
+        eventually(lambda: self(differ) == [], seconds)
 
 
-@dataclass
 class Servers:
-    """PostgreSQL and Redis of the test run, and what starts services on them."""
+    """The PostgreSQL and Redis of the tests, and the services started on them."""
 
-    directory: Path
-    postgres: Postgres
-    redis: Redis
-
-    @property
-    def database(self) -> Database:
-        return Database(self.postgres)
-
-    @property
-    def stream(self) -> RedisClient:
-        return RedisClient(port=self.redis.port, password=self.redis.password)
+    def __init__(self, directory: Path, postgres: Postgres, redis: Redis) -> None:
+        self.directory, self.postgres, self.redis = directory, postgres, redis
+        self.database = Database(postgres)
+        self.stream = RedisClient(port=redis.port, password=redis.password)
 
     def service(self, name: str, *arguments: str, **options: Any) -> Service:
-        return Service(name, self.postgres, self.redis, *arguments, directory=self.directory, **options)
+        here = self.directory
+        return Service(name, self.postgres, self.redis, *arguments, directory=here, **options)
 
 
 def log_lines(service: Service, message: str = "(?s).*") -> list[dict[str, Any]]:
-    """What a service has logged since its last start, where the message matches."""
-    with service.log.open("rb") as log:
-        log.seek(service.log_start)
-        entries = [json.loads(line) for line in log if line.startswith(b"{") and line.endswith(b"}\n")]
-    return [entry for entry in entries if re.fullmatch(message, entry["message"])]
-
-
-FIELDS = {
-    "timestamp": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z",
-    "level": "DEBUG|INFO|WARNING|ERROR|CRITICAL",
-    "message": "(?s).+",
-    "service": "transaksi|mutasi",
-    "logger": ".+",
-}
-SECRETS = {
-    "a PIN": r"(?<!\w)(123456|234567|345678)(?!\w)",  # of the accounts of conftest.py and init.sql
-    "a PIN in base64": "MjM0NTY=|MzQ1Njc=|NDU2Nzg=",  # how the credentials of these accounts end
-    "a header": "(?i)basic [a-z0-9+/]{8}",
-    "a hash": r"\$2[aby]\$",
-    "an account number": r"(?<![\w-])\d{10,16}(?![\w-])",
-}
+    """The log entries since the last start of a service whose message matches."""
+    lines = service.log.read_bytes()[service.log_start :].splitlines(keepends=True)
+    whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
+    return [entry for entry in map(json.loads, whole) if re.fullmatch(message, entry["message"])]
 
 
 def flaw_of(line: str) -> str | None:
-    """What is wrong with a line of a service's log: not JSON, not with its fields, or with a secret in it."""
+    """What is wrong with a log line: not JSON, a missing field or a secret in it; else None."""
     try:
         entry = json.loads(line)
     except ValueError:
         return "no JSON"
-    for name, form in FIELDS.items():
-        if not re.fullmatch(form, str(entry.get(name, ""))):
-            return f"no {name}"
-    # The ids of a trace are random: they may well look like an account number.
-    texts = [text for name, text in entry.items() if isinstance(text, str) and not name.endswith("_id")]
-    return next((kind for kind, form in SECRETS.items() if re.search(form, "\n".join(texts))), None)
+    flaws = [f"no {k}" for k in FIELDS if not re.fullmatch(FIELDS[k], str(entry.get(k, "")))]
+    # Ids of traces are random: they may look like an account number.
+    text = "\n".join(v for k, v in entry.items() if isinstance(v, str) and not k.endswith("_id"))
+    return next(iter(flaws + [kind for kind in SECRETS if re.search(SECRETS[kind], text)]), None)
 
 
 @contextmanager
 def new_servers() -> Iterator[Servers]:
-    """Empty servers of one's own; at the end each line that services have logged there is looked at."""
+    """Empty servers; at the end, every line that services have logged on them is checked."""
     if API_URL:
         pytest.skip("needs SQL and the stream: API_URL is set")
-    with TemporaryDirectory(prefix="tabungan-test-") as made:
-        directory = Path(made)
+    with TemporaryDirectory(prefix="tabungan-test-") as name:
+        directory = Path(name)
         directory.chmod(0o711)  # run by root, PostgreSQL is another user
         with Postgres(directory / "postgres") as postgres, Redis(directory / "redis") as redis:
             yield Servers(directory, postgres, redis)
-            for log in (log for name in ("transaksi", "mutasi") for log in directory.glob(f"{name}-*.log")):
+            for log in directory.glob("*.log"):
                 for line in log.read_text().splitlines():
-                    assert not (flaw := flaw_of(line)), f"{flaw} in a log line of {log.stem}: {line}"
+                    assert not (flaw := flaw_of(line)), f"{flaw} in {log.name}: {line}"
 
 
 @pytest.fixture(scope="session")
@@ -177,36 +162,30 @@ def servers() -> Iterator[Servers]:
 
 @pytest.fixture(scope="session")
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the API answers: two workers and mutasi on servers of our own, or API_URL."""
+    """Where the API answers: two workers on the session's servers, or API_URL."""
     if API_URL:
         yield API_URL
         return
     servers: Servers = request.getfixturevalue("servers")
-    transaksi = servers.service("transaksi", "--workers", "2", "--max-pin-failures", "1000000")
-    with servers.service("mutasi"), transaksi:
+    options = ("--workers", "2", "--max-pin-failures", "1000000", "--resend-after", "1")
+    with servers.service("mutasi"), servers.service("transaksi", *options) as transaksi:
         yield transaksi.url
 
 
 @pytest.fixture
-def database(servers: Servers, url: str) -> Database:  # noqa: ARG001 - its services must run
-    """SQL on the database behind `url`; skipped by name where that is somebody else's."""
+def database(servers: Servers, url: str) -> Database:  # noqa: ARG001 - starts the services
+    """SQL on the database behind `url`; skipped with API_URL."""
     return servers.database
 
 
 @pytest.fixture
-def nasabah() -> Iterator[Callable[..., Nasabah]]:
-    """Makes customers: `nasabah(url, no_rekening, pin)`; their connections are closed afterwards."""
+def customer() -> Iterator[Callable[..., Customer]]:
+    """Makes customers, `customer(url, no_rekening, pin)`, and closes their connections."""
     with ExitStack() as stack:
-
-        def at_the_counter(url: str, no_rekening: str, pin: str = PIN) -> Nasabah:
-            customer = Nasabah(url, no_rekening, pin)
-            stack.callback(customer.client.close)
-            return customer
-
-        yield at_the_counter
+        yield lambda *parts: stack.enter_context(closing(Customer(*parts)))
 
 
 @pytest.fixture
-def budi(url: str, nasabah: Callable[..., Nasabah]) -> Nasabah:
-    """The customer of the README: 1234567890, PIN 123456."""
-    return nasabah(url, "1234567890")
+def budi(url: str, customer: Callable[..., Customer]) -> Customer:
+    """The customer of the README: account 1234567890, PIN 123456."""
+    return customer(url, "1234567890")

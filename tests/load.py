@@ -1,4 +1,4 @@
-"""Load on the API: connections kept busy by a thread of their own, and what came back for each request."""
+"""A load generator: keeps connections busy from a thread of its own and keeps every answer."""
 
 import asyncio
 import base64
@@ -9,47 +9,35 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event, Thread
-from types import TracebackType
 from typing import Self
 from uuid import uuid4
 
-from conftest import PIN
-
-Line = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+from conftest import PIN, eventually
 
 
 @dataclass(eq=False)
-class Movement:
-    """One request, sent once, and its answer: `status` stays None where none came, or half of one."""
+class Request:
+    """A movement asked for once, and the answer; `status` stays None where none came."""
 
     no_rekening: str
     jenis: str
     nominal: int
     key: str
-    sent: float = 0
     took: float = 0
     status: int | None = None
     headers: str = ""
     body: bytes = b""
 
     @property
-    def moved(self) -> bool:
-        return self.status == 200
-
-    @property
-    def uncertain(self) -> bool:
-        """Whether the client was left not knowing."""
+    def unknown(self) -> bool:
+        """Whether the client cannot tell if money has moved."""
         return self.status is None or (self.status == 503 and "\nretry-after:" not in self.headers)
 
     @property
     def saldo(self) -> int:
         return int(json.loads(self.body)["saldo"])
 
-    def again(self) -> "Movement":
-        """The same request under the same key, to be sent."""
-        return Movement(self.no_rekening, self.jenis, self.nominal, self.key)
-
-    def request(self) -> bytes:
+    def raw(self) -> bytes:
         payload = json.dumps({"no_rekening": self.no_rekening, "nominal": self.nominal})
         credentials = base64.b64encode(f"{self.no_rekening}:{PIN}".encode()).decode()
         return (
@@ -59,26 +47,24 @@ class Movement:
         ).encode()
 
 
-def movement(no_rekening: str, jenis: str = "tabung", nominal: int = 1) -> Movement:
-    return Movement(no_rekening, jenis, nominal, key=uuid4().hex)
+def request(no_rekening: str, jenis: str = "tabung", nominal: int = 1) -> Request:
+    return Request(no_rekening, jenis, nominal, key=uuid4().hex)
 
 
-def mixed(accounts: Sequence[str]) -> Iterator[Movement]:
-    """Deposits and withdrawals of up to 1000 rupiah, without end."""
+def mixed(accounts: Sequence[str]) -> Iterator[Request]:
+    """Endless deposits and withdrawals of up to 1000 rupiah."""
     while True:
-        yield movement(random.choice(accounts), random.choice(("tabung", "tarik")), random.randint(1, 1000))
+        jenis = random.choice(("tabung", "tarik"))
+        yield request(random.choice(accounts), jenis, random.randint(1, 1000))
 
 
 class Load(Thread):
-    """Sends movements over `connections` connections, spread over the urls; refused ones are tried again.
+    """Sends requests over connections spread over the urls; the end of `with` ends it."""
 
-    In a `with` block it goes on until the end of the block, and then waits for the answers still to come.
-    """
-
-    def __init__(self, movements: Iterable[Movement], *urls: str, connections: int = 16) -> None:
-        super().__init__(name="load", daemon=True)
-        self.sent: list[Movement] = []  # in the order of their ends, answered or not
-        self._movements = iter(movements)
+    def __init__(self, requests: Iterable[Request], *urls: str, connections: int = 16) -> None:
+        super().__init__(daemon=True)
+        self.sent: list[Request] = []  # in the order of their answers
+        self._requests = iter(requests)
         self._ports = [int(url.rpartition(":")[2]) for url in urls]
         self._connections = connections
         self._stopping = Event()
@@ -87,57 +73,52 @@ class Load(Thread):
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trail: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stopping.set()
-        self.join()
+        self.join(timeout=60)
 
     def count(self, status: int) -> int:
-        return sum(m.status == status for m in self.sent)
+        return sum(r.status == status for r in self.sent)
+
+    def statuses(self) -> set[int | None]:
+        return {r.status for r in self.sent}
+
+    def wait(self, more: int = 100) -> None:
+        """Return when so many more requests were answered with 200."""
+        wanted = self.count(200) + more
+        eventually(lambda: self.count(200) >= wanted, 60)
 
     def run(self) -> None:
-        asyncio.run(self._all())
+        asyncio.run(self._keep_all_busy())
 
-    async def _all(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for number in range(self._connections):
-                group.create_task(self._keep_busy(self._ports[number % len(self._ports)]))
+    async def _keep_all_busy(self) -> None:
+        ports = [self._ports[n % len(self._ports)] for n in range(self._connections)]
+        await asyncio.gather(*map(self._keep_busy, ports))
 
     async def _keep_busy(self, port: int) -> None:
-        line: Line | None = None
-        for m in self._movements:
-            while line is None:
+        writer: asyncio.StreamWriter | None = None
+        for r in self._requests:
+            while writer is None:
                 if self._stopping.is_set():
                     return
                 try:
-                    line = await asyncio.open_connection("127.0.0.1", port)
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 except OSError:
                     await asyncio.sleep(0.05)
-            m.sent = time.monotonic()
-            with suppress(OSError, EOFError, TimeoutError):  # the movement stays without an answer
+            started = time.monotonic()
+            with suppress(OSError, EOFError, TimeoutError):  # no answer, or a part of one
                 async with asyncio.timeout(40):
-                    await _exchange(m, *line)
-            m.took = time.monotonic() - m.sent
-            self.sent.append(m)
-            if m.status is None or "\nconnection: close" in m.headers:
-                line[1].close()
-                line = None
+                    writer.write(r.raw())
+                    r.headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                    length = r.headers.partition("\ncontent-length:")[2].split()[0]
+                    r.body = await reader.readexactly(int(length))
+                    r.status = int(r.headers.split()[1])
+            r.took = time.monotonic() - started
+            self.sent.append(r)
+            if r.status is None or "\nconnection: close" in r.headers:
+                writer.close()
+                writer = None
             if self._stopping.is_set():
                 break
-        if line:
-            line[1].close()
-
-
-async def _exchange(m: Movement, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    writer.write(m.request())
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-    body = await reader.readexactly(int(head.partition("\ncontent-length:")[2].split()[0]))
-    m.status, m.headers, m.body = int(head.split()[1]), head, body
-
-
-def send(movements: Sequence[Movement], url: str) -> Sequence[Movement]:
-    """Send these at once, each on a connection of its own, and wait for the answers."""
-    with Load(movements, url, connections=len(movements)) as load:
-        load.join(timeout=60)
-    return movements
+        if writer:
+            writer.close()

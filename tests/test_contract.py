@@ -1,336 +1,246 @@
 """Every row of the HTTP contract: what is sent byte for byte, and the documented answer to it."""
 
 import json
+import re
 import socket
 import time
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPResponse
-from itertools import chain, repeat
+from contextlib import closing, suppress
+from datetime import datetime
+from http.client import HTTPConnection
+from itertools import cycle, product, repeat
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from conftest import PIN, PIN_HASH, Database, Servers
+from conftest import Customer, Database, Servers
 
-Header = tuple[bytes, bytes]
+Headers = dict[str, list[bytes]]
 
 PAYLOAD = "Payload bukan JSON yang sah."
-NO_REKENING = "no_rekening harus teks berisi 10 sampai 16 angka."
-NOMINAL = "nominal harus bilangan bulat 1 sampai 1.000.000.000.000 rupiah."
+ACCOUNT = "no_rekening harus teks berisi 10 sampai 16 angka."
+AMOUNT = "nominal harus bilangan bulat 1 sampai 1.000.000.000.000 rupiah."
 KEY = "Idempotency-Key harus 1 sampai 255 karakter ASCII yang tercetak."
-PIN_SALAH = "Nomor rekening atau PIN salah."
-TIDAK_DIKENALI = "Nomor rekening tidak dikenali."
-TERLALU_BESAR = "Payload melebihi 4 KiB."
-BUKAN_JSON = "Content-Type harus application/json."
-ALAMAT = "Alamat tidak dikenali."
-METODE = "Metode tidak diizinkan untuk alamat ini."
-TERLAMBAT = "Payload tidak diterima lengkap pada waktunya."
+BEFORE = "sebelum harus bilangan bulat positif, paling banyak 18 angka."
+LIMIT = "batas harus bilangan bulat 1 sampai 100."
+UNKNOWN = "Nomor rekening tidak dikenali."
+NOT_JSON = "Content-Type harus application/json."
+WRONG_PIN = "Nomor rekening atau PIN salah."
+TOO_LATE = "Payload tidak diterima lengkap pada waktunya."
+TOO_LARGE = "Payload melebihi 4 KiB."
+UNAVAILABLE = "Layanan sedang tidak tersedia, silakan coba lagi."
 
-ACCOUNT = b"4000000001"
-JSON = (b"Content-Type", b"application/json")
-CHUNKED = (b"Transfer-Encoding", b"chunked")
-OK = b'{"no_rekening": "%s", "nominal": 1}' % ACCOUNT
-
-
-def basic(credentials: bytes, scheme: bytes = b"Basic ") -> Header:
-    return b"Authorization", scheme + b64encode(credentials)
-
-
-RIGHT = ACCOUNT + b":" + PIN.encode()
-AUTH = basic(RIGHT)
-
-
-def nominal(value: bytes) -> bytes:
-    return b'{"no_rekening": "%s", "nominal": %s}' % (ACCOUNT, value)
-
-
-def no_rekening(value: str) -> bytes:
-    return b'{"no_rekening": %s, "nominal": 1}' % value.encode()
-
-
-def of_length(length: int, start: bytes = OK) -> bytes:
-    return start + b" " * (length - len(start))
-
-
-class Answer:
-    """What a server says to raw bytes, of which it may not want to read all."""
-
-    def __init__(self, url: str, request: bytes, more: Iterable[bytes] = ()) -> None:
-        address = urlsplit(url)
-        with socket.create_connection((address.hostname, address.port), timeout=20) as line:
-            try:
-                for part in chain([request], more):
-                    line.sendall(part)
-            except ConnectionError:
-                pass  # it has answered and hung up: that answer is what we want
-            with HTTPResponse(line, method=request.partition(b" ")[0].decode()) as response:
-                response.begin()
-                self.status, self.headers, self.body = response.status, response.headers, response.read()
-
-    @property
-    def remark(self) -> str:
-        """The refusal's remark; there is nothing else in it."""
-        content = json.loads(self.body)
-        assert list(content) == ["remark"]
-        return str(content["remark"])
-
-
-def head(headers: Sequence[Header], method: bytes = b"POST", path: bytes = b"/tabung") -> bytes:
-    lines = b"".join(b"%s: %s\r\n" % header for header in headers)
-    return b"%s %s HTTP/1.1\r\nHost: bank\r\n%s\r\n" % (method, path, lines)
-
-
-def ask(url: str, headers: Sequence[Header], body: bytes = b"", **line: bytes) -> Answer:
-    return Answer(url, head([*headers, (b"Content-Length", b"%d" % len(body))], **line) + body)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _customer(servers: Servers) -> None:
-    """One customer for all of them: the table is made before any server runs."""
-    servers.database("SELECT buka_rekening(%s, 'Uji Kontrak', %s, 0)", ACCOUNT.decode(), PIN_HASH)
-
-
-PAYLOADS: dict[str, tuple[bytes, int, str | None]] = {
-    # what is sent: the answer's status, and its remark unless it is 200
-    "as documented": (OK, 200, None),
-    "unknown fields": (OK[:-1] + b', "catatan": "\\ud83d\\ude00", "lain": [{}]}', 200, None),
-    "duplicate keys, the last right": (nominal(b"-5")[:-1] + b', "nominal": 1}', 200, None),
-    "duplicate keys, the last wrong": (nominal(b"1")[:-1] + b', "nominal": -5}', 400, NOMINAL),
-    "just 4 KiB": (of_length(4096), 200, None),
-    "a byte more": (of_length(4097), 413, TERLALU_BESAR),
-    "5 MB": (of_length(5_000_000), 413, TERLALU_BESAR),
-    "the most": (nominal(b"1000000000000"), 200, None),
-    "one more": (nominal(b"1000000000001"), 400, NOMINAL),
-    "past 2^53": (nominal(b"9007199254740993"), 400, NOMINAL),
-    "zero": (nominal(b"0"), 400, NOMINAL),
-    "minus zero": (nominal(b"-0"), 400, NOMINAL),
-    "negative": (nominal(b"-1"), 400, NOMINAL),
-    "1.0": (nominal(b"1.0"), 400, NOMINAL),
-    "a fraction": (nominal(b"0.5"), 400, NOMINAL),
-    "an exponent": (nominal(b"1e3"), 400, NOMINAL),
-    "1e400": (nominal(b"1e400"), 400, NOMINAL),
-    "NaN": (nominal(b"NaN"), 400, NOMINAL),
-    "infinity": (nominal(b"-Infinity"), 400, NOMINAL),
-    "true": (nominal(b"true"), 400, NOMINAL),
-    "null": (nominal(b"null"), 400, NOMINAL),
-    "a string": (nominal(b'"5"'), 400, NOMINAL),
-    "a list": (nominal(b"[1]"), 400, NOMINAL),
-    "no nominal": (OK.partition(b",")[0] + b"}", 400, NOMINAL),
-    "4,000 digits": (nominal(b"9" * 4000), 400, NOMINAL),
-    "5,000 digits": (nominal(b"9" * 5000), 413, TERLALU_BESAR),
-    "2,000 levels": (b"[" * 2000 + b"]" * 2000, 400, PAYLOAD),
-    "20,000 levels": (b"[" * 20_000 + b"]" * 20_000, 413, TERLALU_BESAR),
-    "no account": (b'{"nominal": 1}', 400, NO_REKENING),
-    "an account that is a number": (no_rekening(ACCOUNT.decode()), 400, NO_REKENING),
-    "an account too short": (no_rekening('"123456789"'), 400, NO_REKENING),
-    "an account too long": (no_rekening('"12345678901234567"'), 400, NO_REKENING),
-    "an account and a line end": (no_rekening(r'"4000000001\n"'), 400, NO_REKENING),
-    "NUL": (no_rekening(r'"4000000001\u0000"'), 400, NO_REKENING),
-    "an unpaired surrogate": (no_rekening(r'"\ud800"'), 400, PAYLOAD),  # no Unicode text: RFC 8259, section 8.2
-    "one in an unknown field": (OK[:-1] + b', "catatan": "\\ud800"}', 400, PAYLOAD),
-    "UTF-16": (OK.decode().encode("utf-16"), 400, PAYLOAD),
-    "full-width digits": (no_rekening('"４０００００００００１"'), 400, NO_REKENING),  # noqa: RUF001
-    "the account of another": (no_rekening('"1234567890"'), 400, TIDAK_DIKENALI),
-    "an account that does not exist": (no_rekening('"9999999999"'), 400, TIDAK_DIKENALI),
-    "the same with another zero": (no_rekening('"04000000001"'), 400, TIDAK_DIKENALI),
-    "no body": (b"", 400, PAYLOAD),
-    "half of it": (OK[:-5], 400, PAYLOAD),
-    "two of them": (OK + OK, 400, PAYLOAD),
-    "not UTF-8": (no_rekening('"?"').replace(b"?", b"\xff\xfe"), 400, PAYLOAD),
-    "not an object": (b"[]", 400, PAYLOAD),
-    "only null": (b"null", 400, PAYLOAD),
-    "a form": (b"no_rekening=4000000001&nominal=1", 400, PAYLOAD),
-}
-
-HEADERS: dict[str, tuple[list[Header], int, str | None]] = {
-    "scheme in lower case": ([JSON, basic(RIGHT, b"basic ")], 200, None),
-    "scheme in upper case": ([JSON, basic(RIGHT, b"BASIC ")], 200, None),
-    "none": ([JSON], 401, PIN_SALAH),
-    "an empty one": ([JSON, (b"Authorization", b"")], 401, PIN_SALAH),
-    "the scheme alone": ([JSON, (b"Authorization", b"Basic")], 401, PIN_SALAH),
-    "Bearer": ([JSON, basic(RIGHT, b"Bearer ")], 401, PIN_SALAH),
-    "not base64": ([JSON, (b"Authorization", b"Basic " + RIGHT)], 401, PIN_SALAH),
-    "base64 without its padding": ([JSON, (AUTH[0], AUTH[1].rstrip(b"="))], 401, PIN_SALAH),
-    "no colon": ([JSON, basic(RIGHT.replace(b":", b""))], 401, PIN_SALAH),
-    "two of them": ([JSON, AUTH, AUTH], 401, PIN_SALAH),
-    "64 kB": ([JSON, (b"Authorization", b"Basic " + b"A" * 65_536)], 401, PIN_SALAH),
-    "not UTF-8": ([JSON, (b"Authorization", b"Basic \xff\xfe")], 401, PIN_SALAH),
-    "not UTF-8 in base64": ([JSON, basic(b"\xff\xfe:\xff")], 401, PIN_SALAH),
-    "a PIN of five digits": ([JSON, basic(ACCOUNT + b":12345")], 401, PIN_SALAH),
-    "a PIN of seven digits": ([JSON, basic(ACCOUNT + b":1234567")], 401, PIN_SALAH),
-    "a line end after the PIN": ([JSON, basic(RIGHT + b"\n")], 401, PIN_SALAH),
-    "full-width digits": ([JSON, basic(ACCOUNT + ":１２３４５６".encode())], 401, PIN_SALAH),  # noqa: RUF001
-    "a wrong PIN": ([JSON, basic(ACCOUNT + b":654321")], 401, PIN_SALAH),
-    "an unknown account": ([JSON, basic(b"9999999999:123456")], 401, PIN_SALAH),
-    "another kind of JSON": ([AUTH, (JSON[0], b"application/vnd.bank+json")], 200, None),
-    "JSON and its charset": ([AUTH, (JSON[0], b"application/json; charset=utf-8")], 200, None),
-    "no content type": ([AUTH], 415, BUKAN_JSON),
-    "text": ([AUTH, (JSON[0], b"text/plain")], 415, BUKAN_JSON),
-    "a form": ([AUTH, (JSON[0], b"application/x-www-form-urlencoded")], 415, BUKAN_JSON),
-    "a content type that is none": ([AUTH, (JSON[0], b"\xff")], 415, BUKAN_JSON),
-    "a key of 255 characters": ([JSON, AUTH, (b"Idempotency-Key", b"~" * 255)], 200, None),
-    "a key of 256 characters": ([JSON, AUTH, (b"Idempotency-Key", b"~" * 256)], 400, KEY),
-    "two keys": ([JSON, AUTH, *[(b"Idempotency-Key", b"dua")] * 2], 400, KEY),
-    "an empty key": ([JSON, AUTH, (b"Idempotency-Key", b"")], 400, KEY),
-    "a key of blanks": ([JSON, AUTH, (b"Idempotency-Key", b"  ")], 400, KEY),
-    "a key with a tab": ([JSON, AUTH, (b"Idempotency-Key", b"a\tb")], 400, KEY),
-    "a key that is not ASCII": ([JSON, AUTH, (b"Idempotency-Key", "é".encode())], 400, KEY),
-}
-
-EXCHANGES = [
-    *(pytest.param([JSON, AUTH], *case, id=f"body: {name}") for name, case in PAYLOADS.items()),
-    *(pytest.param(headers, OK, *rest, id=f"headers: {name}") for name, (headers, *rest) in HEADERS.items()),
+OK = b'{"no_rekening": "2345678901", "nominal": 1}'
+AUTH = b"Basic " + b64encode(RIGHT := b"2345678901:234567")
+HEADERS: Headers = {"Content-Type": [b"application/json"], "Authorization": [AUTH]}
+CHUNKED = HEADERS | {"Transfer-Encoding": [b"chunked"], "Content-Length": []}
+ACCOUNT_BODY, AMOUNT_BODY = OK.replace(b'"2345678901"', b"%s"), OK.replace(b"1}", b"%s}")
+BODIES = {"payload": b"%s", "no_rekening": ACCOUNT_BODY, "nominal": AMOUNT_BODY}
+BIG = b"9" * 5000
+TEXTS = (OK[:-5], OK + OK, b"", b"[]", b"null", b"no_rekening=1", b"[" * 2000 + b"]" * 2000)
+TOKENS = (RIGHT, AUTH.rstrip(b"="), b"Basic", b"Basic " + RIGHT, b"Basic \xff", b"Basic " + b"A" * 60_000)
+PINS = b"2345678901:23456 2345678901:2345678 2345678901:654321 9999999999:123456 2345678901234567"
+PAIRS = (*PINS.split(), RIGHT + b"\n", b"\xff\xfe:\xff", RIGHT[:11] + b"\xef\xbc\x91" * 6)
+# Status and remark of the answer to requests with each of these values in one part (a list: header lines).
+EXCHANGES: list[tuple[int, str | None, str, list[Any]]] = [
+    (200, None, "payload", [OK, OK.ljust(4096), OK[:-1] + rb', "a": [{}], "b": "\ud83d\ude00"}']),
+    (200, None, "nominal", [b"1000000000000", b'-5, "nominal": 1']),  # the last of two counts
+    (200, None, "Content-Type", [b"application/a+json", b"application/json; charset=utf-8"]),
+    (200, None, "Authorization", [b"basic" + AUTH[5:], b"BASIC" + AUTH[5:]]),
+    (200, None, "Idempotency-Key", [b"~" * 255]),
+    (400, AMOUNT, "nominal", b"0 -0 -1 1.0 0.5 1e3 1e400 NaN -Infinity true null [1]".split()),
+    (400, AMOUNT, "nominal", [*b'1000000000001 9007199254740993 "5" 1,"nominal":-5'.split(), BIG[:4000]]),
+    (400, AMOUNT, "payload", [b'{"no_rekening": "2345678901"}']),
+    (400, ACCOUNT, "no_rekening", b'2345678901 "123456789" "12345678901234567" null'.split()),
+    (400, ACCOUNT, "no_rekening", rb'"2345678901\n" "2345678901\u0000" "\uff12345678901"'.split()),
+    (400, ACCOUNT, "payload", [b'{"nominal": 1}']),
+    (400, UNKNOWN, "no_rekening", b'"1234567890" "9999999999" "02345678901"'.split()),
+    (400, PAYLOAD, "no_rekening", [b'"\xff\xfe"', rb'"\ud800"']),  # no Unicode: RFC 8259, 8.2
+    (400, PAYLOAD, "payload", [*TEXTS, OK.decode().encode("utf-16"), OK[:-1] + rb', "a": "\ud800"}']),
+    (400, KEY, "Idempotency-Key", [b"~" * 256, b"", b"  ", b"a\tb", b"\xc3\xa9", [b"a", b"a"]]),
+    (401, WRONG_PIN, "Authorization", [[], [AUTH, AUTH], b"", b"Bearer" + AUTH[5:], *TOKENS]),
+    (401, WRONG_PIN, "Authorization", [b"Basic " + b64encode(pair) for pair in PAIRS]),
+    (413, TOO_LARGE, "payload", [OK.ljust(4097), OK.ljust(5_000_000), b"[" * 40_000, AMOUNT_BODY % BIG]),
+    (415, NOT_JSON, "Content-Type", [[], b"text/plain", b"application/x-www-form-urlencoded", b"\xff"]),
 ]
+CASES = [(status, remark, part, value) for status, remark, part, values in EXCHANGES for value in values]
 
 
-def movements(database: Database) -> int:
-    ((count,),) = database("SELECT count(*) FROM transaksi WHERE no_rekening = %s", ACCOUNT.decode())
-    return int(count)
+def ask(url: str, headers: Headers, line: str, *pieces: bytes) -> tuple[int, Any, Any]:
+    """Status, headers and JSON of the answer to these bytes, of which a server may not read all."""
+    with closing(HTTPConnection(urlsplit(url).netloc, timeout=20)) as connection:
+        connection.putrequest(*line.split())  # type: ignore[arg-type]
+        for name, values in ({"Content-Length": [b"%d" % sum(map(len, pieces))]} | headers).items():
+            for value in values:
+                connection.putheader(name, value)
+        with suppress(ConnectionError):  # it has answered and closed the connection
+            connection.endheaders()
+            for piece in pieces:
+                connection.send(piece)
+        with connection.getresponse() as response:
+            return response.status, response.headers, json.loads(response.read())
 
 
-@pytest.mark.parametrize(("headers", "body", "status", "remark"), EXCHANGES)
+@pytest.fixture
+def ani(url: str, database: Database, customer: Callable[..., Customer]) -> Customer:
+    return customer(url, database.open_account())
+
+
+@pytest.mark.parametrize(("status", "remark", "part", "value"), CASES, ids=lambda x: ascii(x)[:40])
 def test_every_request_gets_its_documented_answer(
-    url: str, database: Database, headers: list[Header], body: bytes, status: int, remark: str | None
+    url: str, database: Database, status: int, remark: str | None, part: str, value: Any
 ) -> None:
-    before = movements(database)
-    answer = ask(url, headers, body)
-    assert answer.status == status, answer.body
-    assert answer.headers["Content-Type"] == "application/json"
-    assert ("WWW-Authenticate" in answer.headers) == (status == 401)
-    if status == 200:
-        assert list(json.loads(answer.body)) == ["saldo"]
-        assert movements(database) == before + 1
-    else:
-        assert answer.remark == remark
-        assert movements(database) == before
+    payload = BODIES[part] % value if part in BODIES else OK
+    header = {} if part in BODIES else {part: value if isinstance(value, list) else [value]}
+    count = "SELECT count(*) FROM transaksi WHERE no_rekening = '2345678901'"
+    ((before,),) = database(count)
+    began = time.monotonic()
+    told, headers, body = ask(url, HEADERS | header, "POST /tabung", payload)
+    assert status != 401 or time.monotonic() - began > 0.3
+    assert (told, headers["Content-Type"]) == (status, "application/json"), body
+    assert body == ({"remark": remark} if remark else {"saldo": body.get("saldo")})
+    assert ("WWW-Authenticate" in headers) == (status == 401)
+    assert database(count) == [(before + (status == 200),)]
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status", "remark", "allowed"),
-    [
-        (b"POST", b"/setor", 404, ALAMAT, None),
-        (b"POST", b"/tabung/", 404, ALAMAT, None),
-        (b"GET", b"/", 404, ALAMAT, None),
-        (b"GET", b"/health/", 404, ALAMAT, None),
-        (b"GET", b"/%ff%00", 404, ALAMAT, None),
-        (b"GET", b"/tabung", 405, METODE, "POST"),
-        (b"OPTIONS", b"/tarik", 405, METODE, "POST"),
-        (b"DELETE", b"/tabung?nominal=1", 405, METODE, "POST"),
-    ],
-)
-def test_a_wrong_address_or_method_is_told_to_customers_only(
-    url: str, method: bytes, path: bytes, status: int, remark: str, allowed: str | None
-) -> None:
-    answer = ask(url, [AUTH], method=method, path=path)
-    assert (answer.status, answer.remark, answer.headers["Allow"]) == (status, remark, allowed)
-    stranger = ask(url, [], method=method, path=path)
-    assert (stranger.status, stranger.remark) == (401, PIN_SALAH)
+def test_wrong_paths_methods_and_websockets_are_told_to_customers_only(url: str) -> None:
+    unknown = ("POST /setor", "POST /tabung/", "GET /", "GET /health/", "GET /%ff%00")
+    methods = ("GET /tabung", "DELETE /tarik?nominal=1", "OPTIONS /tarik", "PUT /saldo", "POST /mutasi")
+    for line in unknown:
+        assert ask(url, HEADERS, line)[::2] == (404, {"remark": "Alamat tidak dikenali."})
+    for line in methods:
+        status, headers, body = ask(url, HEADERS, line)
+        assert (status, headers["Allow"]) == (405, "GET" if line in methods[-2:] else "POST")
+        assert body == {"remark": "Metode tidak diizinkan untuk alamat ini."}
+    assert {ask(url, {}, f"POST /{page}")[0] for page in ("health", "docs", "openapi.json")} == {405}
+    upgrade: Headers = {"Connection": [b"Upgrade"], "Upgrade": [b"websocket"]}
+    upgrade |= {"Sec-WebSocket-Version": [b"13"], "Sec-WebSocket-Key": [b64encode(bytes(16))]}
+    lines = (*unknown, *methods, "GET /saldo", "GET /mutasi") * 2
+    with ThreadPoolExecutor(len(lines)) as clients:
+        strangers = list(clients.map(ask, repeat(url), cycle(({}, upgrade, {})), lines))
+    assert [stranger[::2] for stranger in strangers] == [(401, {"remark": WRONG_PIN})] * len(lines)
 
 
-@pytest.mark.parametrize("path", [b"/health", b"/docs", b"/openapi.json"])
-def test_the_open_pages_may_only_be_read(url: str, path: bytes) -> None:
-    answer = ask(url, [], OK, method=b"POST", path=path)
-    assert (answer.status, answer.remark) == (405, METODE)
+def test_payload_may_come_in_chunks_up_to_its_limit(url: str) -> None:
+    chunk = b"%x\r\n%s\r\n"
+    assert ask(url, CHUNKED, "POST /tabung", chunk % (len(OK), OK), b"0\r\n\r\n")[0] == 200
+    told = ask(url, CHUNKED, "POST /tabung", *repeat(chunk % (1024, OK.ljust(1024)), 5000))
+    assert told[::2] == (413, {"remark": TOO_LARGE})
 
 
-def test_a_websocket_is_no_way_around_the_pin(url: str) -> None:
-    upgrade = [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket"), (b"Sec-WebSocket-Version", b"13")]
-    answer = ask(url, [*upgrade, (b"Sec-WebSocket-Key", b"dGhlIHNhbXBsZSBub25jZQ==")], method=b"GET")
-    assert (answer.status, answer.remark) == (401, PIN_SALAH)
+def test_head_over_64_kib_is_cut_off(url: str) -> None:
+    address = urlsplit(url).hostname, urlsplit(url).port
+    starts = (b"POST /tabung HTTP/1.1\r\n", b"POST /tabung HTTP/1.1\r\nX: ", b"POST /")
+    for start, piece in product(starts, (b"X: y\r\n", b"x")):
+        endless = start + piece * (50_000_000 // len(piece))
+        with socket.create_connection(address, 30) as line, pytest.raises(ConnectionError):
+            line.sendall(endless)
 
 
-def test_a_payload_may_come_in_chunks(url: str) -> None:
-    assert Answer(url, head([JSON, AUTH, CHUNKED]) + b"%x\r\n%s\r\n0\r\n\r\n" % (len(OK), OK)).status == 200
+def test_time_limit_ends_stalled_payloads_and_reads(servers: Servers) -> None:
+    asked = [
+        (CHUNKED, "POST /tabung", b'5\r\n{"no_'),
+        (HEADERS | {"Content-Length": [b"99"]}, "POST /tarik", b"{"),
+    ]
+    asked += [(HEADERS, "GET /saldo", b""), (HEADERS, "GET /mutasi", b"")]
+    with servers.service("transaksi", "--request-timeout", "1") as service:
+        assert ask(service.url, HEADERS, "GET /saldo")[0] == 200  # the PIN is remembered
+        began = time.monotonic()
+        with ThreadPoolExecutor() as clients, servers.database.holding("LOCK rekening, mutasi"):
+            answers = list(clients.map(lambda request: ask(service.url, *request), asked))
+        assert 1 <= time.monotonic() - began < 5  # the default limit
+    told = [(status, headers["Retry-After"], body["remark"]) for status, headers, body in answers]
+    assert told == [(408, None, TOO_LATE)] * 2 + [(503, "1", UNAVAILABLE)] * 2
 
 
-def test_chunks_without_end_are_cut_off_by_their_size(url: str) -> None:
-    answer = Answer(url, head([JSON, AUTH, CHUNKED]), repeat(b"400\r\n%s\r\n" % of_length(1024), 5000))
-    assert (answer.status, answer.remark) == (413, TERLALU_BESAR)
+def test_balance_reaches_2_to_53_minus_1_and_no_more(database: Database, ani: Customer) -> None:
+    update = "UPDATE rekening SET saldo = %s WHERE no_rekening = %s"
+    database(update, 2**53 - 2, ani.no_rekening)
+    assert ani.deposit(1).json() == {"saldo": 2**53 - 1}
+    assert ani.deposit(1).json() == {"remark": "Saldo akan melebihi batas."}
+    assert ani.balance() == 2**53 - 1
+    database(update, 1, ani.no_rekening)  # as the journal has it
 
 
-def test_a_payload_that_stalls_is_cut_off_at_the_time_limit(servers: Servers) -> None:
-    def stall(framing: Header) -> tuple[int, str]:
-        answer = Answer(service.url, head([JSON, AUTH, framing]) + b'5\r\n{"no_')
-        return answer.status, answer.remark
-
-    with servers.service("transaksi", "--request-timeout", "1") as service, ThreadPoolExecutor() as clients:
-        started = time.monotonic()
-        answers = list(clients.map(stall, [CHUNKED, (b"Content-Length", b"99")]))
-        assert answers == [(408, TERLAMBAT)] * 2
-        assert 1 <= time.monotonic() - started < 5  # the default limit
-        assert ask(service.url, [JSON, AUTH], OK).status == 200
-        assert service.stop() == 0
-
-
-def test_a_balance_reaches_the_limit_and_not_a_rupiah_more(url: str, database: Database) -> None:
-    no_rekening = database.open_account()
-    database(
-        """WITH jurnal AS (
-            INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir)
-            SELECT %s, 'tabung', 1000000000000, n * 1000000000000 FROM generate_series(1, 9007) n
-            RETURNING *),
-        buku AS (
-            INSERT INTO mutasi (id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal)
-            SELECT id, no_rekening, tanggal_transaksi, jenis_transaksi, nominal FROM jurnal)
-        UPDATE rekening SET saldo = 9007000000000000 WHERE no_rekening = %s""",
-        *(no_rekening, no_rekening),
-    )
-    with httpx.Client(base_url=url, auth=(no_rekening, PIN)) as customer:
-
-        def tabung(nominal: int) -> httpx.Response:
-            return customer.post("/tabung", json={"no_rekening": no_rekening, "nominal": nominal})
-
-        assert tabung(199_254_740_991).json() == {"saldo": 2**53 - 1}
-        answer = tabung(1)
-        assert (answer.status_code, answer.json()) == (400, {"remark": "Saldo akan melebihi batas."})
-    assert database.saldo(no_rekening) == 2**53 - 1
+def test_statement_shows_booked_movements_page_by_page(database: Database, ani: Customer) -> None:
+    with database.holding("LOCK mutasi IN SHARE MODE"):  # it may be read, but not written
+        assert [ani.deposit(nominal).status_code for nominal in range(1, 22)] == [200] * 21
+        assert ani.client.get("/mutasi").json() == {"mutasi": [], "sebelum": None}
+    assert ani.balance() == database.saldo(ani.no_rekening) == sum(range(1, 22))
+    database.audit()
+    journal = "SELECT id, tanggal_transaksi, jenis_transaksi, nominal, saldo_akhir FROM transaksi"
+    rows = database(f"{journal} WHERE no_rekening = %s ORDER BY id DESC", ani.no_rekening)
+    for batas, sizes in ((20, [20, 1]), (21, [21]), (7, [7, 7, 7])):
+        pages: list[list[dict[str, Any]]] = []
+        query = {"no_rekening": "1234567890"} | ({} if batas == 20 else {"batas": str(batas)})
+        while not pages or query["sebelum"] != "None":
+            page = ani.client.get("/mutasi", params=query).json()
+            query["sebelum"] = str(page["sebelum"])
+            pages.append(page["mutasi"])
+        assert [len(page) for page in pages] == sizes
+        entries = [entry.values() for page in pages for entry in page]
+        assert [(i, datetime.fromisoformat(moment), *rest) for i, moment, *rest in entries] == rows
 
 
-# ---------------------------------------------------------------- the documentation
+def test_bad_query_is_refused_with_the_name_of_its_parameter(ani: Customer) -> None:
+    bad = ("0", "-1", "", "x", "1.0", "1e1", "+1", " 1", "1_0", "\uff11", "\0", "9" * 19)
+    for name, remark, values in (("batas", LIMIT, (*bad, "101")), ("sebelum", BEFORE, bad)):
+        for value in values:
+            answer = ani.client.get("/mutasi", params={name: value})
+            assert (answer.status_code, answer.json()) == (400, {"remark": remark}), value
 
 
-@pytest.fixture(scope="module")
-def openapi(url: str) -> dict[str, Any]:
-    document: dict[str, Any] = httpx.get(f"{url}/openapi.json").json()
-    return document
+def test_database_away_is_503_with_retry_after(url: str, database: Database, ani: Customer) -> None:
+    assert ani.balance() == 0  # the process at the other end remembers the PIN
+    database("ALTER ROLE transaksi NOLOGIN")
+    database("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'transaksi'")
+    try:
+        for answer in (ani.client.get("/saldo"), ani.client.get("/mutasi"), ani.deposit(1)):
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            assert answer.json() == {"remark": UNAVAILABLE}
+        assert httpx.get(f"{url}/health").status_code == 503
+    finally:
+        database("ALTER ROLE transaksi LOGIN")
+    assert ani.balance() == 0
 
 
-@pytest.mark.parametrize("path", ["/tabung", "/tarik"])
-def test_the_documentation_tells_the_truth(openapi: dict[str, Any], path: str) -> None:
-    operation = openapi["paths"][path]["post"]
-    answers = operation["responses"]
-    assert set(answers) == {"200", "400", "401", "408", "413", "415", "422", "503"}
-    schemas = openapi["components"]["schemas"]
-    assert set(schemas) == {"Permintaan", "Saldo", "Kesalahan"}  # and none of FastAPI's own
-    for name in ("Permintaan", "Saldo"):
-        assert all(field["examples"] for field in schemas[name]["properties"].values())
-    documented = {
-        (int(status), example["value"]["remark"])
-        for status, answer in answers.items()
-        for example in answer["content"]["application/json"].get("examples", {}).values()
+def test_openapi_document_tells_the_truth(url: str) -> None:
+    document = json.loads(text := httpx.get(f"{url}/openapi.json").text)
+    schemas, pin = document["components"]["schemas"], document["components"]["securitySchemes"]
+    assert set(re.findall(r'"#/components/schemas/(\w+)"', text)) == set(schemas)
+    assert list(pin.values()) == [{"type": "http", "scheme": "basic"}]
+    paths = {path: next(iter(methods.values())) for path, methods in document["paths"].items()}
+    move, read = {200, 400, 401, 408, 413, 415, 422, 503}, {200, 401, 503}
+    assert {path: {int(s) for s in operation["responses"]} for path, operation in paths.items()} == {
+        **{"/tabung": move, "/tarik": move, "/saldo": read, "/mutasi": {400, *read}, "/health": {200, 503}}
     }
-    assert {status for status, _ in documented} == {400, 401, 408, 413, 415, 422, 503}
-    assert {(case.values[2], case.values[3]) for case in EXCHANGES} - {(200, None)} <= documented
-    for status, answer in answers.items():
-        name = "Saldo" if status == "200" else "Kesalahan"
-        schema = answer["content"]["application/json"]["schema"]
-        assert schema == {"$ref": f"#/components/schemas/{name}"}
-    assert schemas["Kesalahan"]["required"] == list(schemas["Kesalahan"]["properties"]) == ["remark"]
-    assert "WWW-Authenticate" in answers["401"]["headers"]
-    assert "Retry-After" in answers["503"]["headers"]
-    assert "Idempotent-Replayed" in answers["200"]["headers"]
-    (parameter,) = operation["parameters"]
-    assert (parameter["name"].lower(), parameter["in"]) == ("idempotency-key", "header")
-    assert not parameter.get("required", False)
-    assert parameter["schema"].items() >= {"minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"}.items()
+    for path, operation in paths.items():
+        assert operation.get("security") == (None if path == "/health" else [{name: []} for name in pin])
+        for status, answer in operation["responses"].items():
+            schema = answer["content"]["application/json"]["schema"]
+            if status != "200":
+                error = schemas[schema["$ref"].rpartition("/")[2]]
+                assert error["required"] == list(error["properties"]) == ["remark"]
+    payload = paths["/tarik"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(payload["required"]) == set(payload["properties"]) == {"no_rekening", "nominal"}
+    assert all(field["examples"] for field in payload["properties"].values())
+    (key,), (before, limit) = paths["/tarik"]["parameters"], paths["/mutasi"]["parameters"]
+    asked = [(p["in"], p["name"]) for p in (key, before, limit) if not p.get("required")]
+    assert asked == [("header", "Idempotency-Key"), ("query", "sebelum"), ("query", "batas")]
+    keys = ("~" * 255, " ", "", "~" * 256, "a\tb", "\xe9")
+    assert [bool(re.search(key["schema"]["pattern"], text)) for text in keys] == [True] * 2 + [False] * 4
+    assert limit["schema"].items() >= {"minimum": 1, "maximum": 100, "default": 20}.items()
 
 
-def test_the_documentation_knows_how_to_authorize(openapi: dict[str, Any]) -> None:
-    ((name, scheme),) = openapi["components"]["securitySchemes"].items()
-    assert scheme == {"type": "http", "scheme": "basic"}
-    secured = {path: next(iter(methods.values())).get("security") for path, methods in openapi["paths"].items()}
-    assert secured == {"/tabung": [{name: []}], "/tarik": [{name: []}], "/health": None}
+def test_documentation_needs_no_other_host_and_opens_nothing_else(url: str) -> None:
+    page = httpx.get(f"{url}/docs").text
+    assert not re.search(r"""https?:|['"]//""", page)
+    linked = re.findall(r'(?:src|href)="(/static-offline-docs/[^"]+)"', page)
+    assert len(linked) == len(re.findall("src=|href=", page)) >= 3
+    assert {httpx.get(f"{url}{path}").status_code for path in linked} == {200}
+    for rest in ("", "/", "/x", "/../README.md", "/%2e%2e/README.md", "-x", "/swagger-ui.css/x"):
+        assert ask(url, {}, f"GET /static-offline-docs{rest}")[0] in (401, 404)

@@ -1,4 +1,4 @@
-"""Schemathesis asks the service all that its own /openapi.json allows, and much that it does not."""
+"""Schemathesis sends what /openapi.json allows, and much that it does not."""
 
 import subprocess
 import sys
@@ -8,8 +8,9 @@ import pytest
 
 from conftest import PIN, Database
 
+EXAMPLES = 1000
 CONFIG = """
-[checks.positive_data_acceptance]  # what is well-formed may still be against the rules, or use a key again
+[checks.positive_data_acceptance]  # a well-formed request may be against the rules, or reuse a key
 expected-statuses = ["2xx", "400", "422"]
 [dictionaries]
 own = {{ values = ["{no_rekening}"] }}
@@ -18,24 +19,26 @@ own = {{ values = ["{no_rekening}"] }}
 """
 
 
-@pytest.mark.parametrize("examples", [150, pytest.param(5000, marks=pytest.mark.long)])
-def test_every_answer_to_whatever_comes_is_documented(
-    url: str, database: Database, tmp_path: Path, examples: int
-) -> None:
+@pytest.mark.long
+def test_answer_to_any_request_is_documented(url: str, database: Database, tmp_path: Path) -> None:
     no_rekening = database.open_account(10**9)
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG.format(no_rekening=no_rekening))
-    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{url}/openapi.json"]
-    options = ["--checks", "all", "--auth", f"{no_rekening}:{PIN}", "--max-examples", str(examples)]
-    done = subprocess.run(
-        [*command, *options, "--generation-database", "none", "--no-color"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    # Not all of it was turned away at the door: money has moved, and adds up.
-    assert len(database("SELECT 1 FROM transaksi WHERE no_rekening = %s", no_rekening)) > examples / 10
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "--config-file",
+        str(config),
+        "run",
+        f"{url}/openapi.json",
+    ]
+    options = ["--checks", "all", "--auth", f"{no_rekening}:{PIN}", "--max-examples", str(EXAMPLES)]
+    options += ["--generation-database", "none", "--no-color"]
+    with (tmp_path / "report").open("w+") as report:
+        done = subprocess.run([*command, *options], cwd=tmp_path, stdout=report, stderr=report, timeout=1200)
+        assert done.returncode == 0, (tmp_path / "report").read_text()
+    # Not all was refused: money has moved, and adds up.
+    ((count,),) = database("SELECT count(*) FROM transaksi WHERE no_rekening = %s", no_rekening)
+    assert count > EXAMPLES / 10
     database.audit()

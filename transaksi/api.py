@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Security
@@ -98,13 +98,19 @@ async def on_http_exception(_: Request, error: HTTPException) -> Response:
 
 
 class PlainRoute(APIRoute):
-    """Calls the endpoint with the request alone: FastAPI's parameters cost 40 % of a request's CPU.
+    """Calls the endpoint with the request alone: FastAPI's own machinery costs 40 % of a request's CPU.
 
     https://fastapi.tiangolo.com/how-to/custom-request-and-route/
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        return self.endpoint
+    def __init__(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await endpoint(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        self.app = app
 
 
 router = APIRouter(route_class=PlainRoute)
