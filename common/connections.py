@@ -19,43 +19,32 @@ def open_postgres(
 ) -> sqlalchemy.Engine:
     """Make an engine. `session` are PostgreSQL's settings for its connections, time limits in ms.
 
-    `ping` tests a pooled connection before each use. The TCP time limits detect a dead host: https://www.postgresql.org/docs/18/libpq-connect.html
+    `ping` tests a pooled connection before each use. The TCP time limits detect a dead host:
+    https://www.postgresql.org/docs/18/libpq-connect.html
     """
-    # Every statement looks up keys. A plan made while a table is small, such as a foreign key's,
-    # lives as long as its session: it must not be one that reads the whole table.
+    # Every statement looks up keys. A plan made while a table is small, such as a foreign key's, lives as
+    # long as its session: it must not be one that reads the whole table.
     session |= {"timezone": "UTC", "enable_seqscan": "off"}
+    address = {"host": settings.db_host, "port": settings.db_port, "dbname": settings.db_name}
+    secrets = {"user": settings.db_user, "password": settings.db_password}
+    limits = {"connect_timeout": 3, "tcp_user_timeout": 5000}
+    limits |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+    options = {"options": " ".join(f"-c {name}={value}" for name, value in session.items())}
     return sqlalchemy.create_engine(
         "postgresql+psycopg2://",
         pool_size=pool_size,
         max_overflow=0,
         pool_pre_ping=ping,
         hide_parameters=True,
-        connect_args={
-            "host": settings.db_host,
-            "port": settings.db_port,
-            "dbname": settings.db_name,
-            "user": settings.db_user,
-            "password": settings.db_password,
-            "connect_timeout": 3,
-            "tcp_user_timeout": 5000,
-            "keepalives_idle": 5,
-            "keepalives_interval": 2,
-            "keepalives_count": 3,
-            "options": " ".join(f"-c {name}={value}" for name, value in session.items()),
-        },
+        connect_args=address | secrets | limits | options,
     )
 
 
 def open_redis(settings: Namespace) -> Redis:
     """Make a client that gives up after 2 s and does not retry."""
-    return Redis(
-        host=settings.redis_host,
-        port=settings.redis_port,
-        password=settings.redis_password or None,
-        socket_timeout=2,
-        socket_connect_timeout=2,
-        retry=Retry(NoBackoff(), 0),
-    )
+    retry = Retry(NoBackoff(), 0)
+    limits: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2, "retry": retry}
+    return Redis(settings.redis_host, settings.redis_port, password=settings.redis_password, **limits)
 
 
 def sqlstate(error: BaseException) -> str:
@@ -75,8 +64,7 @@ def describe(error: BaseException) -> dict[str, object]:
     if code := sqlstate(error):
         return facts | {"sqlstate": code, "constraint": cause.diag.constraint_name}
     # libpq's text about a connection, or redis-py's without a pipeline's command, which prints data
-    text = str(cause).rpartition(" of pipeline caused error: ")[2]
-    return facts | {"detail": text.partition("\n")[0]}
+    return facts | {"detail": str(cause).rpartition(" of pipeline caused error: ")[2].partition("\n")[0]}
 
 
 class Outage:

@@ -4,6 +4,8 @@ import logging
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from logging.handlers import QueueHandler, QueueListener
@@ -107,20 +109,23 @@ def traceparent() -> str | None:
     return carrier.get("traceparent")
 
 
+@contextmanager
 def message_span(
     operation: str, stream: str, parent: str, facts: dict[str, Any], started_ns: int | None = None
-) -> trace.Span:
-    """Start the span that sends ("send") or processes ("process") a stream message, a child of `parent`.
+) -> Iterator[str]:
+    """The span that sends ("send") or processes ("process") a stream message. Yields its traceparent.
 
     Attributes: https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
     """
-    kinds = {"send": trace.SpanKind.PRODUCER, "process": trace.SpanKind.CONSUMER}
     messaging = {"system": "redis", "destination.name": stream}
     messaging |= {"operation.name": operation, "operation.type": operation}
-    return tracer.start_span(
+    with tracer.start_as_current_span(
         f"{operation} {stream}",
-        context=_PROPAGATOR.extract({"traceparent": parent}, Context()),
-        kind=kinds[operation],
-        attributes={f"messaging.{name}": value for name, value in messaging.items()} | facts,
+        _PROPAGATOR.extract({"traceparent": parent}, Context()),
+        trace.SpanKind.PRODUCER if operation == "send" else trace.SpanKind.CONSUMER,
+        {f"messaging.{name}": value for name, value in messaging.items()} | facts,
         start_time=started_ns,
-    )
+        record_exception=False,  # its text prints data
+        set_status_on_exception=False,
+    ):
+        yield traceparent() or parent

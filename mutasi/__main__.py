@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from threading import Event
 
-from common.config import Parser, whole
+from common.config import read_settings, whole
 from common.connections import open_postgres, open_redis
 from common.telemetry import flush
 from mutasi.api import consume
@@ -16,15 +16,14 @@ from mutasi.datastore import Stream
 log = logging.getLogger("mutasi")
 
 ALIVE = Path(tempfile.gettempdir(), "mutasi.alive")
+OPTIONS = [("--batch-size", 1000, whole(1, 10_000), "stream entries stored in one transaction")]
 
 
 def main() -> None:
     stopping = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    parser = Parser("mutasi", "Stores every accepted movement once.")
-    parser.option("--batch-size", 1000, "stream entries stored in one transaction", whole(1, 10_000))
-    settings = parser.settings()
+    settings = read_settings("mutasi", "Stores every accepted movement once.", OPTIONS)
     log.info("starting", extra=settings.options)
     engine = open_postgres(settings, statement_timeout=10_000, idle_in_transaction_session_timeout=10_000)
     log.info("started")

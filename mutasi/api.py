@@ -15,16 +15,16 @@ from mutasi.datastore import Stream
 
 log = logging.getLogger(__name__)
 
+DATE, TIME, OFFSET = rb"\d{4}-\d\d-\d\d", rb"\d\d:\d\d:\d\d(\.\d{1,6})?", rb"(Z|[+-]\d\d:\d\d)"
 FIELDS = {
-    b"id_transaksi": re.compile(rb"[0-9]{1,18}"),
-    b"tanggal_transaksi": re.compile(  # RFC 3339, with its offset
-        rb"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})"
-    ),
-    b"no_rekening": re.compile(rb"[0-9]{10,16}"),
-    b"jenis_transaksi": re.compile(rb"tabung|tarik"),
-    b"nominal": re.compile(rb"[0-9]{1,13}"),
+    b"id_transaksi": rb"\d{1,18}",
+    b"tanggal_transaksi": DATE + rb"T" + TIME + OFFSET,  # RFC 3339
+    b"no_rekening": rb"\d{10,16}",
+    b"jenis_transaksi": rb"tabung|tarik",
+    b"nominal": rb"\d{1,13}",
+    b"traceparent": rb"[0-9a-f-]{1,100}",
 }
-OPTIONAL = {b"traceparent": re.compile(rb"[0-9a-f-]{1,100}")}
+OPTIONAL = {b"traceparent"}
 
 
 class Invalid(ValueError):
@@ -32,15 +32,14 @@ class Invalid(ValueError):
 
 
 def parse(fields: dict[bytes, bytes]) -> dict[str, str]:
-    """The fields of a message as text. Raises `Invalid` where they are not of the form."""
-    for name, form in (FIELDS | OPTIONAL).items():
-        value = fields.get(name)
-        if value is None and name in FIELDS:
-            raise Invalid(f"{name.decode()} is missing")
-        if value is not None and not form.fullmatch(value):
-            raise Invalid(f"{name.decode()} is not valid")
-    if unknown := fields.keys() - FIELDS.keys() - OPTIONAL.keys():
+    """The fields of a message as text. Raises `Invalid` if one is missing, malformed or unknown."""
+    if missing := FIELDS.keys() - OPTIONAL - fields.keys():
+        raise Invalid(f"{min(missing).decode()} is missing")
+    if unknown := fields.keys() - FIELDS.keys():
         raise Invalid(f"{len(unknown)} unknown field(s)")
+    for name, value in fields.items():
+        if not re.fullmatch(FIELDS[name], value):
+            raise Invalid(f"{name.decode()} is not valid")
     return {name.decode(): value.decode() for name, value in fields.items()}
 
 
@@ -72,9 +71,9 @@ def process_batch(engine: Engine, stream: Stream, batch_size: int) -> None:
     for entry, fields in stream.read(batch_size):
         try:
             good.append(Message(entry, fields, parse(fields)))
-        except Invalid as reason:
-            bad.append((entry, fields, str(reason)))
+        except Invalid as error:
+            bad.append((Message(entry, fields, {}), str(error)))
     if good:
         store(engine, stream, good)
-    for message in bad:
-        set_aside(stream, *message)
+    for message, reason in bad:
+        set_aside(stream, message, reason)

@@ -3,9 +3,9 @@
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-from opentelemetry import trace
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -28,15 +28,15 @@ class Message:
     @property
     def facts(self) -> Facts:
         row = self.row
-        return (int(row["id_transaksi"]), row["no_rekening"], row["jenis_transaksi"], int(row["nominal"]))
+        return int(row["id_transaksi"]), row["no_rekening"], row["jenis_transaksi"], int(row["nominal"])
 
 
 def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> None:
     """Store a batch, then delete it from the stream.
 
-    After a crash in between the messages come again, and are in the book already. Messages that the
-    database refuses for their data are found by halving and set aside. Any other error is raised, and
-    the messages stay in the stream.
+    After a crash in between the messages come again, and are in the book already. Messages that the database
+    refuses for their data are found by halving and set aside. Any other error is raised, and the messages
+    stay in the stream.
     """
     started_ns = time.time_ns()
     try:
@@ -50,8 +50,9 @@ def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> None:
             store(engine, stream, messages[middle:])
         else:
             facts = describe(error)
-            reason = f"refused by the database: {facts['error']} {facts['constraint'] or ''}"
-            set_aside(stream, messages[0].entry, messages[0].fields, reason.strip())
+            set_aside(
+                stream, messages[0], f"refused by the database: {facts['error']} {facts['constraint'] or ''}"
+            )
         return
     repeated = []
     for message in messages:
@@ -64,30 +65,27 @@ def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> None:
         known = datastore.find_mutations(engine, [message.row for message in repeated])
         for message in repeated:
             if message.facts not in known:
-                reason = "differs from the mutation book"
-                set_aside(stream, message.entry, message.fields, reason)
+                set_aside(stream, message, "differs from the mutation book")
         log.warning("duplicate messages ignored", extra={"count": len(repeated)})
     stream.delete([message.entry for message in messages])
     duration_ms = (time.time_ns() - started_ns) // 1_000_000
     log.debug("batch stored", extra={"count": len(messages) - len(repeated), "duration_ms": duration_ms})
 
 
-def set_aside(stream: Stream, entry: bytes, fields: dict[bytes, bytes], reason: str) -> None:
+def set_aside(stream: Stream, message: Message, reason: str) -> None:
     """Move a bad message to the dead letters."""
-    stream.set_aside(entry, fields, reason)
-    log.error("message moved to dead letters", extra={"entry": entry.decode(), "reason": reason})
+    stream.set_aside(message.entry, message.fields, reason.strip())
+    log.error(
+        "message moved to dead letters", extra={"entry": message.entry.decode(), "reason": reason.strip()}
+    )
 
 
 def _report(message: Message, started_ns: int) -> None:
-    """Log a stored movement, and end its request's trace if it has one."""
-    id_transaksi, no_rekening, jenis_transaksi, nominal = message.facts
-    context = {
-        "no_rekening": masked(no_rekening),
-        "id_transaksi": id_transaksi,
-        "jenis_transaksi": jenis_transaksi,
-        "nominal": nominal,
-    }
+    """Log a stored movement, in its request's trace if it has one."""
+    context = dict(
+        zip(("id_transaksi", "no_rekening", "jenis_transaksi", "nominal"), message.facts, strict=True)
+    )
+    context["no_rekening"] = masked(message.row["no_rekening"])
     parent = message.row.get("traceparent")
-    span = message_span("process", STREAM, parent, context, started_ns) if parent else trace.INVALID_SPAN
-    with trace.use_span(span, end_on_exit=True):
+    with message_span("process", STREAM, parent, context, started_ns) if parent else nullcontext():
         log.info("mutation stored", extra=context)

@@ -59,7 +59,8 @@ class Bank:
         """Comparisons of the right PIN last as long as the block."""
         file = self.directory / PIN
         try:
-            yield file.touch()
+            file.touch()
+            yield
         finally:
             file.unlink()
 

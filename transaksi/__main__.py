@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
-from common.config import Parser, whole
+from common.config import read_settings, whole
 from common.connections import Outage, open_redis
 from common.telemetry import flush
 from transaksi.api import OPEN_PATHS, Gate, on_http_exception, router
@@ -30,40 +30,34 @@ MAX_HEAD = 65_536
 NO_METRICS = {"operation_spans": False, "metrics": False, "logs": False}
 
 
-def read_settings() -> Namespace:
-    parser = Parser("transaksi", "Deposits and withdrawals over HTTP.")
-    option = parser.option
-    option("--host", "127.0.0.1", "address to listen on")
-    option("--port", 8000, "port to listen on", whole(1, 65_535))
-    option("--workers", 1, "processes", whole(1, 64))
-    option("--auth-cache-ttl", 300, "seconds a right PIN is remembered, 0 = not at all", whole(0, 3600))
-    option("--max-pin-failures", 5, "PIN failures in a row that lock an account", whole(3, 1_000_000))
-    option("--lock-minutes", 15, "minutes an account stays locked", whole(1, 10_000))
-    option("--request-timeout", 5, "seconds after which a request is answered at the latest", whole(1, 60))
-    option(
-        "--max-queue", 1000, "requests that may wait in a process; the surplus gets 503", whole(1, 100_000)
-    )
-    option("--max-stream", 100_000, "stream entries past which movements wait in PostgreSQL", whole(1, 10**7))
-    option(
-        "--resend-after",
-        10,
-        "seconds; a movement not booked after twice as many is sent again",
-        whole(1, 3600),
-    )
-    return parser.settings()
+OPTIONS = (
+    ("--host", "127.0.0.1", str, "address to listen on"),
+    ("--port", 8000, whole(1, 65_535), "port to listen on"),
+    ("--workers", 1, whole(1, 64), "processes"),
+    ("--auth-cache-ttl", 300, whole(0, 3600), "seconds a right PIN is remembered, 0 = not at all"),
+    ("--max-pin-failures", 5, whole(3, 10**6), "PIN failures in a row that lock an account"),
+    ("--lock-minutes", 15, whole(1, 10**4), "minutes an account stays locked"),
+    ("--request-timeout", 5, whole(1, 60), "seconds after which a request is answered at the latest"),
+    ("--max-queue", 1000, whole(1, 10**5), "requests that may wait in a process; the surplus gets 503"),
+    ("--max-stream", 10**5, whole(1, 10**7), "stream entries past which movements wait in PostgreSQL"),
+    ("--resend-after", 10, whole(1, 3600), "seconds; what is not booked after twice as many is sent again"),
+)
+
+
+def settings() -> Namespace:
+    return read_settings("transaksi", "Deposits and withdrawals over HTTP.", OPTIONS)
 
 
 def create_app() -> FastAPI:
     """Wire up one process; uvicorn calls this in each."""
-    settings = read_settings()
+    s = settings()
     postgres = Outage("PostgreSQL")
-    redis = open_redis(settings)
-    relay = Relay(Database(settings, 1), postgres, redis, settings.max_stream, settings.resend_after)
+    relay = Relay(Database(s, 1), postgres, open_redis(s), s.max_stream, s.resend_after)
     # No ping before each batch: the teller retries on a stale connection itself.
-    teller = Teller(Database(settings, 1, ping=False), postgres, settings.max_queue, relay.hand_over)
+    teller = Teller(Database(s, 1, ping=False), postgres, s.max_queue, relay.hand_over)
     # bcrypt has a thread per core, and less CPU than the customers who are in.
-    database = Database(settings, os.cpu_count() or 1, nice=10)
-    pins = PinCheck(database, settings.auth_cache_ttl, settings.max_pin_failures, settings.lock_minutes)
+    pin_database = Database(s, os.cpu_count() or 1, nice=10)
+    pins = PinCheck(pin_database, s.auth_cache_ttl, s.max_pin_failures, s.lock_minutes)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -85,8 +79,8 @@ def create_app() -> FastAPI:
         redirect_slashes=False,
         telemetry=NO_METRICS | {"exclude": lambda scope: scope.get("path") in OPEN_PATHS},
     )
-    app.add_middleware(Gate, pins=pins, time_limit_s=settings.request_timeout)
-    app.state.teller, app.state.reads, app.state.health = teller, Database(settings, 2), None
+    app.add_middleware(Gate, pins=pins, time_limit_s=s.request_timeout)
+    app.state.teller, app.state.reads, app.state.health = teller, Database(s, 2), None
     # The garbage collector need not read all modules again and again: a quarter of a request's CPU.
     gc.collect()
     gc.freeze()
@@ -122,14 +116,14 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 def main() -> None:
-    settings = read_settings()
-    log.info("starting", extra=settings.options)
+    s = settings()
+    log.info("starting", extra=s.options)
     config = uvicorn.Config(
         "transaksi.__main__:create_app",
         factory=True,
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers,
+        host=s.host,
+        port=s.port,
+        workers=s.workers,
         log_config=None,
         access_log=False,  # our own lines say more
         http="transaksi.__main__:BoundedHttp",
@@ -139,11 +133,11 @@ def main() -> None:
         timeout_graceful_shutdown=3,  # for a client that never ends its request
     )
     sockets = [config.bind_socket()]
-    if settings.workers == 1:
+    if s.workers == 1:
         uvicorn.Server(config).run(sockets)
     else:
         Multiprocess(config, sockets).run()
-        end()
+    end()
 
 
 if __name__ == "__main__":

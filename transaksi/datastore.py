@@ -87,13 +87,9 @@ class Mutasi(Base):
     dicatat_pada: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
 
 
-# ---------------------------------------------------------------- reads
-
-
 def ping(engine: Engine) -> None:
     """Raise `DBAPIError` if PostgreSQL does not answer."""
-    with engine.connect() as connection:
-        connection.execute(select(1))
+    engine.connect().close()
 
 
 def find_balance(engine: Engine, account: str) -> int:
@@ -116,8 +112,6 @@ def find_mutations(engine: Engine, account: str, before: int | None, limit: int)
     with engine.connect() as connection:
         return connection.execute(statement).all()
 
-
-# ---------------------------------------------------------------- teller
 
 # Sorted: all tellers lock in one order, no deadlock. NO KEY, so that foreign keys may go on reading.
 _LOCK = text("""
@@ -182,8 +176,6 @@ def record(connection: Connection, movements: Sequence[Movement], balances: dict
         movement.id_transaksi, movement.tanggal_transaksi = row
 
 
-# ---------------------------------------------------------------- PIN
-
 _COUNT_ATTEMPT = text("""
     UPDATE kredensial SET pin_gagal = pin_gagal + 1, terkunci_sampai = CASE
         WHEN pin_gagal + 1 >= :limit THEN clock_timestamp() + make_interval(mins => :lock_minutes) END
@@ -209,8 +201,6 @@ def forget_attempts(engine: Engine, account: str, count: int) -> None:
     with engine.begin() as connection:
         connection.execute(_FORGET_ATTEMPTS, {"account": account, "count": count})
 
-
-# ---------------------------------------------------------------- relay
 
 _OUTBOX_AGE = text("""
     SELECT extract(epoch FROM clock_timestamp() - tanggal_transaksi)::float8

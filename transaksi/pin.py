@@ -59,8 +59,7 @@ class PinCheck:
 
     def __init__(self, database: Database, ttl_s: int, max_failures: int, lock_minutes: int) -> None:
         self._database = database
-        self._max_failures = max_failures
-        self._lock_minutes = lock_minutes
+        self._max_failures, self._lock_minutes = max_failures, lock_minutes
         self._key = secrets.token_bytes(32)
         self._remembered: TTLCache[bytes, bool] = TTLCache(MAX_REMEMBERED, ttl_s)
         self._running: dict[bytes, asyncio.Task[None]] = {}

@@ -10,16 +10,16 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
-from opentelemetry import trace
 from redis import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from common.connections import Outage
-from common.telemetry import masked, message_span, traceparent
+from common.telemetry import masked, message_span
 from transaksi import datastore
 from transaksi.app import Movement
 from transaksi.datastore import Database
@@ -32,6 +32,7 @@ GATHER_S = 0.01  # larger batches cost fewer fsyncs, and fewer transactions in m
 MAX_WAITING = 10_000
 
 
+@dataclass(eq=False)
 class Relay:
     """The relay of one process. `database` has one thread, which also talks to Redis.
 
@@ -39,59 +40,56 @@ class Relay:
     `resend_after_s` is sent again.
     """
 
-    def __init__(
-        self, database: Database, postgres: Outage, redis: Redis, max_stream: int, resend_after_s: int
-    ) -> None:
-        self._database = database
-        self._postgres = postgres
-        self._redis = redis
-        self._max_stream = max_stream
-        self._resend_after_s = resend_after_s
-        self._waiting: deque[tuple[float, Movement]] = deque()
-        self._work: asyncio.Task[None] | None = None
-        self._outage = Outage("Redis")
-        self._alarm = logging.INFO
+    database: Database
+    postgres: Outage
+    redis: Redis
+    max_stream: int
+    resend_after_s: int
+    waiting: deque[tuple[float, Movement]] = field(default_factory=deque)
+    work: asyncio.Task[None] | None = None
+    outage: Outage = field(default_factory=lambda: Outage("Redis"))
+    alarm: int = logging.INFO
 
     def hand_over(self, movements: Sequence[Movement]) -> None:
         """Take committed movements; those for which there is no room stay in the outbox."""
         now = asyncio.get_running_loop().time()
-        self._waiting.extend((now, m) for m in movements[: MAX_WAITING - len(self._waiting)])
-        if self._waiting and (not self._work or self._work.done()):
-            self._work = asyncio.create_task(self._send_waiting())
+        self.waiting.extend((now, m) for m in movements[: MAX_WAITING - len(self.waiting)])
+        if self.waiting and (not self.work or self.work.done()):
+            self.work = asyncio.create_task(self._send_waiting())
 
     async def close(self) -> None:
         """Wait until all is sent, 1 s at most."""
-        if self._work:
-            await asyncio.wait([self._work], timeout=1)
+        if self.work:
+            await asyncio.wait([self.work], timeout=1)
 
     async def _send_waiting(self) -> None:
-        while self._waiting:
+        while self.waiting:
             await asyncio.sleep(GATHER_S)
-            batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+            batch = [self.waiting.popleft() for _ in range(min(BATCH, len(self.waiting)))]
             # What waited longer may have been sent again meanwhile.
-            since = asyncio.get_running_loop().time() - self._resend_after_s
-            await self._database.run(self._send, [m for handed_over, m in batch if handed_over > since])
+            since = asyncio.get_running_loop().time() - self.resend_after_s
+            await self.database.run(self._send, [m for handed_over, m in batch if handed_over > since])
 
     async def watch(self) -> None:
         """Look for lost movements every half of `resend_after_s`, until cancelled."""
         while True:
-            while await self._database.run(self._resend) == BATCH:
+            while await self.database.run(self._resend) == BATCH:
                 pass
-            await asyncio.sleep(self._resend_after_s / 2)
+            await asyncio.sleep(self.resend_after_s / 2)
 
     def _send(self, _: Engine, movements: Sequence[Movement]) -> None:
         """Add movements to the stream: all or none of them, with one fsync."""
         try:
-            if not movements or self._stream()[0] >= self._max_stream:
+            if not movements or self._stream()[0] >= self.max_stream:
                 return
-            with ExitStack() as spans, self._redis.pipeline(transaction=True) as pipe:
+            with ExitStack() as spans, self.redis.pipeline(transaction=True) as pipe:
                 for movement in movements:
                     pipe.xadd(STREAM, message(movement, spans))
                 pipe.execute()
-            self._outage.end()
+            self.outage.end()
             log.debug("batch sent to the stream", extra={"count": len(movements)})
         except RedisError as error:
-            self._outage.begin(error)
+            self.outage.begin(error)
         except Exception:
             log.exception("unexpected error")
 
@@ -104,29 +102,29 @@ class Relay:
         """
         try:
             behind_s = datastore.outbox_age(engine)
-            self._postgres.end()
+            self.postgres.end()
             self._report(behind_s)
             length, age_s = self._stream()
             if not behind_s:
-                self._outage.end()
-            if length >= self._max_stream or age_s >= self._resend_after_s:
+                self.outage.end()
+            if length >= self.max_stream or age_s >= self.resend_after_s:
                 return 0
-            lost = datastore.mark_lost(engine, 2 * self._resend_after_s, BATCH)
+            lost = datastore.mark_lost(engine, 2 * self.resend_after_s, BATCH)
             if lost:
                 log.info("movements sent from the outbox", extra={"count": len(lost)})
                 self._send(engine, lost)
             return len(lost)
         except RedisError as error:
-            self._outage.begin(error)
+            self.outage.begin(error)
         except DBAPIError as error:
-            self._postgres.begin(error)
+            self.postgres.begin(error)
         except Exception:
             log.exception("unexpected error")
         return 0
 
     def _stream(self) -> tuple[int, float]:
         """The stream's length, and the age in seconds of its oldest entry, by Redis' own clock."""
-        with self._redis.pipeline(transaction=False) as pipe:
+        with self.redis.pipeline(transaction=False) as pipe:
             pipe.xlen(STREAM)
             pipe.xrange(STREAM, count=1)
             pipe.time()
@@ -135,31 +133,27 @@ class Relay:
 
     def _report(self, behind_s: float) -> None:
         """Log once when the outbox falls behind, once when far behind, and once when it has caught up."""
-        alarm, age = logging.INFO, {"age_s": round(behind_s)}
-        if behind_s > 3 * self._resend_after_s:
-            alarm = logging.ERROR if behind_s > 10 * self._resend_after_s else logging.WARNING
-        if alarm > self._alarm:
-            text = "outbox is behind" if alarm == logging.WARNING else "outbox is far behind"
-            log.log(alarm, text, extra=age)
-        elif alarm == logging.INFO < self._alarm:
-            log.info("outbox has caught up")
-        self._alarm = alarm if alarm == logging.INFO else max(alarm, self._alarm)
+        alarm, text = logging.INFO, "outbox has caught up"
+        if behind_s > 10 * self.resend_after_s:
+            alarm, text = logging.ERROR, "outbox is far behind"
+        elif behind_s > 3 * self.resend_after_s:
+            alarm, text = logging.WARNING, "outbox is behind"
+        if alarm > self.alarm or alarm == logging.INFO < self.alarm:
+            log.log(alarm, text, extra={"age_s": round(behind_s)})
+            self.alarm = alarm
 
 
 def message(movement: Movement, spans: ExitStack) -> dict[Any, Any]:
     """The stream entry of a movement. Its span, a child of the request's, ends with `spans`."""
     command = movement.command
-    facts: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "id_transaksi": movement.id_transaksi,
         "no_rekening": command.no_rekening,
         "jenis_transaksi": command.jenis_transaksi,
         "nominal": command.nominal,
+        "tanggal_transaksi": str(movement.tanggal_transaksi).replace(" ", "T"),
     }
-    entry = facts | {"tanggal_transaksi": str(movement.tanggal_transaksi).replace(" ", "T")}
     if command.traceparent:
-        facts["no_rekening"] = masked(command.no_rekening)
-        span = message_span("send", STREAM, command.traceparent, facts)
-        spans.callback(span.end)
-        with trace.use_span(span):
-            entry["traceparent"] = traceparent() or command.traceparent
+        facts = entry | {"no_rekening": masked(command.no_rekening)}
+        entry["traceparent"] = spans.enter_context(message_span("send", STREAM, command.traceparent, facts))
     return entry

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
@@ -23,92 +23,75 @@ log = logging.getLogger(__name__)
 
 BATCH = 512
 
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A queued command, and where its answer is awaited."""
-
-    command: Command
-    answer: asyncio.Future[Movement | Replay]
-    taken: bool = False
+Ticket = tuple[Command, asyncio.Future[Movement | Replay]]  # a command, and where its answer is awaited
 
 
+@dataclass(eq=False)
 class Teller:
     """The queue of one process. `database` has one thread; `committed` gets the movements of each batch."""
 
-    def __init__(
-        self,
-        database: Database,
-        postgres: Outage,
-        max_queue: int,
-        committed: Callable[[Sequence[Movement]], None],
-    ) -> None:
-        self._database = database
-        self._postgres = postgres
-        self._max_queue = max_queue
-        self._committed = committed
-        self._queue: deque[Ticket] = deque()
-        self._work: asyncio.Task[None] | None = None
+    database: Database
+    postgres: Outage
+    max_queue: int
+    committed: Callable[[Sequence[Movement]], None]
+    queue: deque[Ticket] = field(default_factory=deque)
+    work: asyncio.Task[None] | None = None
 
     async def submit(self, command: Command) -> Movement | Replay:
         """Carry out a command. Raises `Refusal`.
 
-        The time limit is the caller's. When its task is cancelled, a command that was still queued was not
-        carried out; the outcome of one that was taken is unknown.
+        The time limit is the caller's. When its task is cancelled, a command that is still queued was not
+        carried out; the outcome of one that is in the database is unknown.
         """
-        if len(self._queue) >= self._max_queue:
+        if len(self.queue) >= self.max_queue:
             raise unavailable("queue full")
-        ticket = Ticket(command, asyncio.get_running_loop().create_future())
-        self._queue.append(ticket)
-        if not self._work or self._work.done():
-            self._work = asyncio.create_task(self._post_batches())
+        answer: asyncio.Future[Movement | Replay] = asyncio.get_running_loop().create_future()
+        ticket = command, answer
+        self.queue.append(ticket)
+        if not self.work or self.work.done():
+            self.work = asyncio.create_task(self._post_batches())
         try:
-            return await ticket.answer
+            return await answer
         except asyncio.CancelledError:
-            if not ticket.answer.cancelled():  # the answer came at the same moment
-                return ticket.answer.result()
-            raise unknown_outcome() if ticket.taken else unavailable("still queued") from None
+            if not answer.cancelled():  # the answer came at the same moment
+                return answer.result()
+            if ticket not in self.queue:
+                raise unknown_outcome() from None
+            self.queue.remove(ticket)
+            raise unavailable("still queued") from None
 
     async def close(self) -> None:
         """Wait until every command is answered, 2 s at most."""
-        if self._work:
-            await asyncio.wait([self._work], timeout=2)
+        if self.work:
+            await asyncio.wait([self.work], timeout=2)
 
     async def _post_batches(self) -> None:
         """Post batches until the queue is empty, each before the answers to the last one go out."""
         batch: list[Ticket] = []
         results: list[Result] = []
-        while self._queue or batch:
-            taken = self._take()
-            posting = self._database.run(self._settle, [t.command for t in taken]) if taken else None
-            for ticket, result in zip(batch, results, strict=True):
-                if ticket.answer.done():  # cancelled
+        while self.queue or batch:
+            taken = [self.queue.popleft() for _ in range(min(BATCH, len(self.queue)))]
+            commands = [command for command, _ in taken]
+            posting = self.database.run(self._settle, commands) if taken else None
+            for (_, answer), result in zip(batch, results, strict=True):
+                if answer.done():  # cancelled
                     continue
                 if isinstance(result, Refusal):
-                    ticket.answer.set_exception(result)
+                    answer.set_exception(result)
                 else:
-                    ticket.answer.set_result(result)
-            self._committed([result for result in results if isinstance(result, Movement)])
+                    answer.set_result(result)
+            self.committed([result for result in results if isinstance(result, Movement)])
             batch, results = taken, await posting if posting else []
-
-    def _take(self) -> list[Ticket]:
-        taken: list[Ticket] = []
-        while self._queue and len(taken) < BATCH:
-            ticket = self._queue.popleft()
-            if not ticket.answer.done():  # cancelled
-                ticket.taken = True
-                taken.append(ticket)
-        return taken
 
     def _settle(self, engine: Engine, commands: list[Command], retry: bool = True) -> list[Result]:
         """One result per command, whatever the database does."""
         try:
-            results = self._post(engine, commands)
+            return self._post(engine, commands)
         except DBAPIError as error:  # before COMMIT was sent
             if error.connection_invalidated and retry:  # a stale connection of the pool
                 return self._settle(engine, commands, retry=False)
             if not data_refused(error):
-                self._postgres.begin(error)
+                self.postgres.begin(error)
             elif len(commands) > 1:
                 return [self._settle(engine, [command])[0] for command in commands]
             else:
@@ -117,7 +100,6 @@ class Teller:
         except Exception:
             log.exception("unexpected error")
             return [unknown_outcome() for _ in commands]
-        return results
 
     def _post(self, engine: Engine, commands: list[Command]) -> list[Result]:
         """Post a batch in one transaction. Raises `DBAPIError` if the database fails before COMMIT."""
@@ -131,7 +113,7 @@ class Teller:
                 try:
                     connection.commit()
                 except DBAPIError as error:
-                    self._postgres.begin(error)
+                    self.postgres.begin(error)
                     return [unknown_outcome() for _ in commands]
-        self._postgres.end()
+        self.postgres.end()
         return results
