@@ -116,8 +116,7 @@ class Servers:
         self.stream = RedisClient(port=redis.port, password=redis.password)
 
     def service(self, name: str, *arguments: str, **options: Any) -> Service:
-        here = self.directory
-        return Service(name, self.postgres, self.redis, *arguments, directory=here, **options)
+        return Service(name, self.postgres, self.redis, *arguments, directory=self.directory, **options)
 
 
 def log_lines(service: Service, message: str = "(?s).*") -> list[dict[str, Any]]:
@@ -135,7 +134,7 @@ def flaw_of(line: str) -> str | None:
         return "no JSON"
     flaws = [f"no {k}" for k in FIELDS if not re.fullmatch(FIELDS[k], str(entry.get(k, "")))]
     # Ids of traces are random: they may look like an account number.
-    text = "\n".join(v for k, v in entry.items() if isinstance(v, str) and not k.endswith("_id"))
+    text = "\n".join(str(v) for k, v in entry.items() if not (isinstance(v, int) or k.endswith("_id")))
     return next(iter(flaws + [kind for kind in SECRETS if re.search(SECRETS[kind], text)]), None)
 
 

@@ -69,8 +69,8 @@ class Handler(QueueHandler):
         self.dropped += 1
 
     def flush(self) -> None:
-        """Wait until all lines are written, 1 s at most: nobody may be reading stdout."""
-        deadline = time.monotonic() + 1
+        """Wait until all lines are written, half a second at most: nobody may be reading stdout."""
+        deadline = time.monotonic() + 0.5
         while self.queue.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
 
@@ -91,7 +91,7 @@ def start_logging(service: str, level: str) -> None:
 
 
 def flush() -> None:
-    """Send off log lines and spans, in 2 s at most: `os._exit` would lose them."""
+    """Send off log lines and spans, which `os._exit` would lose. The exporter's time limit holds."""
     getattr(trace.get_tracer_provider(), "force_flush", lambda _: None)(1000)
     for handler in logging.getLogger().handlers:
         handler.flush()

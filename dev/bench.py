@@ -10,6 +10,7 @@ difference; otherwise the load has no figure, and the exit status is 1.
 
 import argparse
 import os
+import platform
 import sys
 import time
 from collections import defaultdict
@@ -40,8 +41,9 @@ WHERE selisih_transaksi <> 0 OR selisih_mutasi <> 0 AND no_rekening < '7'"""
 # A subquery, because without statistics the plan of a join reads the whole journal.
 BOOKED = """SELECT id_transaksi, no_rekening, (SELECT saldo_akhir FROM transaksi WHERE id = id_transaksi)
 FROM mutasi WHERE id_transaksi > %s"""
-COSTS = ("own us", "mutasi us", "PostgreSQL us", "Redis us")  # CPU per request
-COLUMNS = ("a second", "p50 ms", "p99 ms", "beside/s", "booked s", *COSTS, "generator us")
+COSTS = ("own us", "mutasi us", "PostgreSQL us", "Redis us")  # CPU per request; own: of the server under load
+MEMORY = ("transaksi MiB", "mutasi MiB")
+COLUMNS = ("a second", "p50 ms", "p99 ms", "beside/s", "booked s", *COSTS, "generator us", *MEMORY)
 RATIOS: tuple[tuple[str, ...], ...] = (  # name, column, load, the loads by whose highest figure it is divided
     ("tabung / no-op", "a second", "tabung, 64", "no-op, 64"),
     ("no-op / tabung by CPU", "own us", "no-op, 64", "tabung, 64"),
@@ -134,12 +136,10 @@ class Bench:
         return self.finish(figure, own, before)
 
     def finish(self, figure: Figure, own: Server, before: list[float]) -> Figure:
-        """Wait until all is booked, then add the CPU per request since `before`, and audit."""
+        """Wait until all is booked, and add the CPU per request since `before`."""
         figure["booked s"] = self.wait(self.all_booked)
         for name, now, then in zip(COSTS, self.cpu(own), before, strict=True):
             figure[name] = (now - then) / figure["count"] * 1e6
-        if differences := self.sql(AUDIT):
-            raise Failed(f"audit: {differences[:3]}")
         return figure
 
     def booked(self, load: Load) -> Figure:
@@ -217,13 +217,16 @@ class Bench:
         """100,000 movements, and the memory of the services after them."""
         requests = 100 * [http("/tabung", no) for no in self.accounts]
         figure = self.measure(self.transaksi, Load(self.transaksi.port, requests, 64, inf))
-        for service in (self.transaksi, self.mutasi):
-            figure[f"{service.name} MiB"] = psutil.Process(service.pid).memory_info().rss / 2**20
+        for name, service in zip(MEMORY, (self.transaksi, self.mutasi), strict=True):
+            figure[name] = psutil.Process(service.pid).memory_info().rss / 2**20
         return figure
 
     def attempt(self, name: str, measure: Callable[[], Figure]) -> None:
         try:
-            self.figures[name].append(figure := measure())
+            figure = measure()
+            if differences := self.sql(AUDIT):
+                raise Failed(f"audit: {differences[:3]}")
+            self.figures[name].append(figure)
             result = f"{figure['a second']:.0f}"
         except (Failed, OSError, KeyError) as error:
             self.failures[name] = result = f"failed: {type(error).__name__} {error}"
@@ -232,9 +235,11 @@ class Bench:
     def report(self) -> None:
         """Print the loads, then the ratios."""
         figures = {name: got for name, got in self.figures.items() if name not in self.failures}
-        row("load, connections", *COLUMNS)
+        shown = [c for c in COLUMNS if any(c in figure for rounds in figures.values() for figure in rounds)]
+        print(platform.platform(), f"{CORES} cores, Python {platform.python_version()}")
+        row("load, connections", *shown)
         for name, rounds in figures.items():
-            cells = ([figure[column] for figure in rounds if column in figure] for column in COLUMNS)
+            cells = ([figure[column] for figure in rounds if column in figure] for column in shown)
             row(name, *(median(cell) if cell else "" for cell in cells))
         row()
         row("ratio", "median", "least", "most")

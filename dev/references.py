@@ -1,7 +1,7 @@
 """The references of the benchmark: `python -m dev.references noop|plain -m transaksi OPTIONS`.
 
-They replace the application of transaksi, and keep its command line, HTTP server and garbage collector
-settings.
+They replace the application of transaksi, and keep its command line and the settings of uvicorn and of the
+garbage collector. The bound on request heads goes too: it is a cost of transaksi.
 """
 
 import gc
@@ -13,6 +13,7 @@ from typing import Any
 import sqlalchemy
 from fastapi import FastAPI
 from sqlalchemy import insert, select, update
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import transaksi.__main__ as product
 from transaksi.datastore import Rekening, Transaksi
@@ -51,4 +52,5 @@ if __name__ == "__main__":
     chosen = {"noop": noop, "plain": plain}[sys.argv[1]]
     del sys.argv[1:4]
     product.create_app = lambda: create_app(chosen)
+    product.BoundedHttp = HttpToolsProtocol  # type: ignore[misc, assignment]
     product.main()

@@ -220,16 +220,14 @@ def test_kill_9_loses_nothing_and_moves_nothing_twice(bank: Bank, kills: int) ->
 
 
 def test_sigterm_answers_those_who_wait_and_lets_nobody_else_in(bank: Bank) -> None:
-    both = (bank.transaksi, bank.start("transaksi", "--workers", "2", *PATIENT))
-    with bank.load((), *both) as load:  # so that the PINs are known
-        load.wait()
-    waiting = bank.load(bank.deposits(32), *both, connections=32)
+    get(bank.transaksi, "/saldo", bank.accounts[0])  # so that the PIN is known
+    waiting = bank.load(bank.deposits(32), connections=32)
     with ThreadPoolExecutor() as pool:
-        with bank.queued(waiting, *both):
-            stopping = [pool.submit(service.stop, timeout=8) for service in both]
-            eventually(lambda: all(map(turns_away, both)))
+        with bank.queued(waiting):
+            stopping = pool.submit(bank.transaksi.stop, timeout=8)
+            eventually(lambda: turns_away(bank.transaksi))
             assert waiting.sent == []
-        assert [status.result() for status in stopping] == [0, 0]
+        assert stopping.result() == 0
     assert [r.status for r in waiting.sent] == [200] * 32
 
 
@@ -326,8 +324,9 @@ def test_a_connection_that_breaks_at_commit_leaves_the_outcome_unknown(bank: Ban
     end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
     eventually(lambda: bank.sql(end))
     load.join(timeout=5)  # tried again, it would linger until the request's time limit
+    answer = (deposit.status, deposit.unknown)
     bank.sql("DROP TRIGGER linger ON transaksi")
-    assert (deposit.status, deposit.unknown) == (503, True)
+    assert answer == (503, True)
 
 
 def test_postgresql_that_hangs_delays_no_answer_and_no_exit(bank: Bank) -> None:

@@ -178,7 +178,7 @@ def test_movement_is_logged_by_both_services(servers: Servers, bank: Service, an
 def test_refusal_is_logged_with_its_reason(bank: Service, ani: Customer, customer: Customers) -> None:
     assert ani.withdraw(1).status_code == 400
     assert customer(bank.url, ani.no_rekening, "098765").deposit(1).status_code == 401
-    poor, stranger = log_lines(bank, "request refused")
+    poor, stranger = eventually(lambda: len(seen := log_lines(bank, "request refused")) == 2 and seen)
     for line in (poor, stranger):
         assert (line["level"], line["no_rekening"]) == ("WARNING", f"******{ani.no_rekening[-4:]}")
         assert line["duration_ms"] > 0

@@ -100,17 +100,14 @@ def find_balance(engine: Engine, account: str) -> int:
 
 def find_mutations(engine: Engine, account: str, before: int | None, limit: int) -> Sequence[Any]:
     """Up to `limit` booked movements of an account, newest first, with ids below `before` if given."""
-    statement = (
-        select(*Mutasi.__table__.c, Transaksi.saldo_akhir)
-        .join(Transaksi, Transaksi.id == Mutasi.id_transaksi)
-        .where(Mutasi.no_rekening == account)
-        .order_by(Mutasi.id_transaksi.desc())
-        .limit(limit)
-    )
-    if before is not None:
-        statement = statement.where(Mutasi.id_transaksi < before)
+    newest_first = Mutasi.id_transaksi.desc()
+    # The ids alone, so that the index by account answers under every plan.
+    ids = select(Mutasi.id_transaksi).filter_by(no_rekening=account).order_by(newest_first).limit(limit)
+    if before:
+        ids = ids.where(Mutasi.id_transaksi < before)
+    statement = select(*Mutasi.__table__.c, Transaksi.saldo_akhir).join(Transaksi)
     with engine.connect() as connection:
-        return connection.execute(statement).all()
+        return connection.execute(statement.where(Mutasi.id_transaksi.in_(ids)).order_by(newest_first)).all()
 
 
 # Sorted: all tellers lock in one order, no deadlock. NO KEY, so that foreign keys may go on reading.
