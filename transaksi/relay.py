@@ -80,7 +80,7 @@ class Relay:
     def _send(self, _: Engine, movements: Sequence[Movement]) -> None:
         """Add movements to the stream: all or none of them, with one fsync."""
         try:
-            if not movements or self._stream()[0] >= self.max_stream:
+            if not movements or self.redis.xlen(STREAM) >= self.max_stream:
                 return
             with ExitStack() as spans, self.redis.pipeline(transaction=True) as pipe:
                 for movement in movements:
