@@ -8,7 +8,7 @@ import pytest
 
 from conftest import PIN, Database
 
-EXAMPLES = 500
+EXAMPLES = 300
 CONFIG = """
 [generation]
 allow-extra-parameters = false  # an unknown query parameter is ignored
@@ -28,7 +28,7 @@ def test_answer_to_any_request_is_documented(url: str, database: Database, tmp_p
     config.write_text(CONFIG.format(no_rekening=no_rekening))
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"]
     command += [f"{url}/openapi.json", "--checks", "all", "--auth", f"{no_rekening}:{PIN}", "--no-color"]
-    command += ["--max-examples", str(EXAMPLES), "--generation-database", "none"]
+    command += ["--max-examples", str(EXAMPLES), "--generation-database", "none", "--workers", "8"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     # Not all was refused: money has moved, and adds up.

@@ -18,8 +18,7 @@ from dev.local import Service
 
 WRONG = ("000000", "000001", "000002", "000003", "000004")
 LOCK = "UPDATE kredensial SET pin_gagal = 5, terkunci_sampai = now() + %s::interval WHERE no_rekening = %s"
-# Every process of a service runs this at its start. A comparison is noted in a file, and does not
-# end while there is a file with the PIN for its name.
+# Run by every process at its start: notes comparisons, and holds those of a PIN while a file has its name.
 SITECUSTOMIZE = """
 import os, pathlib, time, bcrypt
 here, checkpw = pathlib.Path(__file__).parent, bcrypt.checkpw
@@ -66,8 +65,8 @@ class Bank:
 
     def attempts(self, account: str) -> tuple[Any, ...]:
         """How many are counted, and whether the account is locked."""
-        query = "SELECT pin_gagal, coalesce(terkunci_sampai > now(), false) FROM kredensial"
-        return self.database(f"{query} WHERE no_rekening = %s", account)[0]
+        query = "SELECT pin_gagal, terkunci_sampai > now() FROM kredensial WHERE no_rekening = %s"
+        return self.database(query, account)[0]
 
     def told_from_now(self) -> Callable[[], str]:
         """Returns what the services have logged since this call."""
@@ -100,7 +99,7 @@ def test_five_failures_lock_an_account_over_workers_and_a_restart(bank: Bank) ->
     transaksi, account = bank.transaksi, bank.account()
     for _ in range(2):  # a right PIN forgets the failures before it
         assert enter(bank.forgetful, account, *WRONG[:4]) == [401] * 4
-        assert (enter(bank.forgetful, account, PIN), bank.attempts(account)) == ([200], (0, False))
+        assert (enter(bank.forgetful, account, PIN), bank.attempts(account)) == ([200], (0, None))
     assert enter(transaksi, account, *WRONG) == [401] * 5
     row = "SELECT terkunci_sampai - now(), xmin::text, k FROM kredensial k WHERE no_rekening = %s"
     ((left, *before),) = bank.database(row, account)
@@ -110,7 +109,7 @@ def test_five_failures_lock_an_account_over_workers_and_a_restart(bank: Bank) ->
     transaksi.start()
     assert enter(transaksi, account, PIN, *WRONG) == [401] * 6
     assert [*bank.database(row, account)[0][1:]] == before  # attempts during a lock write nothing
-    for pin, status, attempts in ((WRONG[0], 401, (6, True)), (PIN, 200, (0, False))):
+    for pin, status, attempts in ((WRONG[0], 401, (6, True)), (PIN, 200, (0, None))):
         bank.database(LOCK, "-1 second", account)
         assert (enter(transaksi, account, pin), bank.attempts(account)) == ([status], attempts)
 
@@ -137,7 +136,7 @@ def test_attempt_is_counted_first_and_a_login_erases_no_later_one(bank: Bank) ->
     with ThreadPoolExecutor() as pool, bank.holding_comparisons():
         login = pool.submit(enter, bank.forgetful, account, PIN)
         eventually(bank.comparisons)
-        assert bank.attempts(account) == (1, False)  # bcrypt is still at it
+        assert bank.attempts(account) == (1, None)  # bcrypt is still at it
         assert set(enter(bank.transaksi, account, *(f"{number:06}" for number in range(12)))) == {401}
     assert login.result() == [200]
     assert len(bank.comparisons()) == 1 + 4
@@ -149,19 +148,19 @@ def test_equal_first_requests_share_one_comparison_per_process(bank: Bank) -> No
     assert set(enter(bank.transaksi, account, *[PIN] * 64)) == {200}
     processes = bank.comparisons()
     assert 1 <= len(processes) == len(set(processes)) <= 2
-    assert bank.attempts(account) == (0, False)
+    assert bank.attempts(account) == (0, None)
 
 
 def test_every_401_is_the_same_after_300_ms_and_one_comparison(bank: Bank) -> None:
     account, locked = bank.account(), bank.account()
     bank.database(LOCK, "1 hour", locked)
     wrong = ((account, WRONG[0]), ("9999999999", PIN), (locked, PIN), (locked, WRONG[0]))
-    faces = []
-    for answer in at_once(bank.transaksi, *wrong, ("malformed", PIN)):
-        assert answer.elapsed > timedelta(seconds=0.3)
+    answers = at_once(bank.transaksi, *wrong, ("malformed", PIN))
+    assert min(answer.elapsed for answer in answers) > timedelta(seconds=0.3)
+    for answer in answers:
         del answer.headers["Date"]
-        faces.append((answer.status_code, answer.headers.multi_items(), answer.content))
-    assert (faces[0][0], faces) == (401, [faces[0]] * len(faces))
+    faces = [(answer.status_code, answer.headers.multi_items(), answer.content) for answer in answers]
+    assert (faces[0][0], faces) == (401, faces[:1] * len(answers))
     assert len(bank.comparisons("")) == len(bank.comparisons("$2b$10$")) == len(wrong)
 
 
@@ -260,7 +259,6 @@ def test_sql_in_any_field_is_text(bank: Bank) -> None:
         for text in texts:
             assert customer.post("/tabung", 1, no_rekening=text).status_code == 400
             assert [customer.deposit(5, idempotency_key=text).status_code for _ in range(2)] == [200] * 2
-        assert customer.balance() == 5 * len(texts)
         assert set(enter(bank.transaksi, account, *texts) + enter(bank.transaksi, texts[0], PIN)) == {401}
     good: dict[Any, Any] = {"id_transaksi": 1, "tanggal_transaksi": "2026-01-31T00:00:00Z", "nominal": 5}
     good |= {"no_rekening": account, "jenis_transaksi": "tabung"}
