@@ -22,7 +22,7 @@ CREATE TABLE rekening (
 -- PINs, apart from the balances: guessing never locks a row of money, and service mutasi has no right here.
 CREATE TABLE kredensial (
     no_rekening     text PRIMARY KEY REFERENCES rekening,
-    pin_hash        text NOT NULL CHECK (pin_hash ~ '^\$2[aby]\$1[0-4]\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}$'),  -- bcrypt
+    pin_hash        text NOT NULL CHECK (pin_hash ~ '^\$2[aby]\$10\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}$'),  -- bcrypt, cost 10
     pin_gagal       integer NOT NULL DEFAULT 0 CHECK (pin_gagal >= 0),  -- attempts since the last right PIN
     terkunci_sampai timestamptz
 ) WITH (fillfactor = 50);
@@ -46,9 +46,9 @@ CREATE UNIQUE INDEX transaksi_idempotency_key ON transaksi (no_rekening, idempot
 -- Movements that the mutation book does not have yet, written in the movement's own transaction.
 CREATE TABLE outbox (
     id_transaksi bigint PRIMARY KEY REFERENCES transaksi,
-    dikirim_pada timestamptz NOT NULL DEFAULT clock_timestamp(),  -- when it was last sent to the stream
+    dikirim_pada timestamptz NOT NULL DEFAULT clock_timestamp(),  -- when it was written, or last sent again
     traceparent  text  -- W3C Trace Context of the request, so that its trace goes on in the stream
-) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- small, but always churning
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- small, with many inserts and deletes
 
 -- The mutation book, written by service mutasi alone. The primary key makes a repeated message harmless. The
 -- reference to all five columns refuses a message that says anything else than the journal.

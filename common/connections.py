@@ -11,8 +11,6 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy.exc import DBAPIError
 
-log = logging.getLogger(__name__)
-
 
 def open_postgres(
     settings: Namespace, pool_size: int = 1, ping: bool = False, **session: Any
@@ -22,8 +20,8 @@ def open_postgres(
     `ping` tests a pooled connection before each use. The TCP time limits detect a dead host:
     https://www.postgresql.org/docs/18/libpq-connect.html
     """
-    # Every statement looks up keys. A plan made while a table is small, such as a foreign key's, lives as
-    # long as its session: it must not be one that reads the whole table.
+    # A plan, such as a foreign key's, lives as long as its session. One made while a table was small would
+    # read the whole table later: so no sequential scans.
     session |= {"timezone": "UTC", "enable_seqscan": "off"}
     address = {"host": settings.db_host, "port": settings.db_port, "dbname": settings.db_name}
     secrets = {"user": settings.db_user, "password": settings.db_password}
@@ -68,19 +66,19 @@ def describe(error: BaseException) -> dict[str, object]:
 
 
 class Outage:
-    """Logs once when a server cannot be reached, and once when it can be again."""
+    """Logs once when a server fails, and once when it works again."""
 
-    def __init__(self, server: str) -> None:
-        self._server = server
+    def __init__(self, log: logging.Logger, server: str) -> None:
+        self._log, self._server = log, server
         self._since = 0.0
 
     def begin(self, error: BaseException) -> None:
         if not self._since:
             self._since = time.monotonic()
-            log.error("cannot reach %s", self._server, extra=describe(error))
+            self._log.error("%s failed", self._server, extra=describe(error))
 
     def end(self) -> None:
         if self._since:
             away_ms = round((time.monotonic() - self._since) * 1000)
             self._since = 0.0
-            log.info("%s is reachable again", self._server, extra={"duration_ms": away_ms})
+            self._log.info("%s works again", self._server, extra={"duration_ms": away_ms})

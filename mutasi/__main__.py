@@ -5,7 +5,8 @@ import os
 import signal
 import tempfile
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
+from typing import Any, NoReturn
 
 from common.config import read_settings, whole
 from common.connections import open_postgres, open_redis
@@ -20,17 +21,37 @@ OPTIONS = [("--batch-size", 1000, whole(1, 10_000), "stream entries stored in on
 
 
 def main() -> None:
-    stopping = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for sigwait
     settings = read_settings("mutasi", "Stores every accepted movement once.", OPTIONS)
     log.info("starting", extra=settings.options)
     engine = open_postgres(settings, statement_timeout=10_000, idle_in_transaction_session_timeout=10_000)
+    stopping = Event()
+    loop = (engine, Stream(open_redis(settings)), settings.batch_size, stopping, ALIVE)
+    # In a thread, since a signal would not interrupt a call of libpq to a database that hangs.
+    thread = Thread(target=run, args=loop, daemon=True)
+    thread.start()
     log.info("started")
-    consume(engine, Stream(open_redis(settings)), settings.batch_size, stopping, ALIVE)
+    signal.sigwait(signals)
+    stopping.set()
+    thread.join(2)
     log.info("stopped")
+    end(0)
+
+
+def run(*loop: Any) -> None:
+    """Consume until told to stop. An unexpected error ends the process, for a restart."""
+    try:
+        consume(*loop)
+    except Exception:
+        log.critical("died", exc_info=True)
+        end(1)
+
+
+def end(status: int) -> NoReturn:
+    """End the process. Python's own exit would wait for a reader of stdout that has stopped."""
     flush()
-    os._exit(0)  # Python's own exit would wait for a reader of stdout that has stopped
+    os._exit(status)
 
 
 if __name__ == "__main__":

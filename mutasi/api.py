@@ -48,7 +48,7 @@ def consume(engine: Engine, stream: Stream, batch_size: int, stopping: Event, al
 
     While a server is away it retries with a growing pause: the entries stay in the stream.
     """
-    outage = Outage("PostgreSQL or Redis")
+    outage = Outage(log, "PostgreSQL or Redis")
     pause_s = 0.0
     while not stopping.is_set():
         alive.touch()

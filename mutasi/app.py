@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A well-formed stream entry: its id, its fields as they came, and the movement's columns as text."""
+    """A stream entry: its id, its fields as they came, and as text ({} if malformed)."""
 
     entry: bytes
     fields: dict[bytes, bytes]
@@ -63,10 +63,11 @@ def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> None:
             repeated.append(message)
     if repeated:
         known = datastore.find_mutations(engine, [message.row for message in repeated])
-        for message in repeated:
-            if message.facts not in known:
-                set_aside(stream, message, "differs from the mutation book")
-        log.warning("duplicate messages ignored", extra={"count": len(repeated)})
+        differing = [message for message in repeated if message.facts not in known]
+        for message in differing:
+            set_aside(stream, message, "differs from the mutation book")
+        if len(repeated) > len(differing):
+            log.warning("duplicate messages ignored", extra={"count": len(repeated) - len(differing)})
     stream.delete([message.entry for message in messages])
     duration_ms = (time.time_ns() - started_ns) // 1_000_000
     log.debug("batch stored", extra={"count": len(messages) - len(repeated), "duration_ms": duration_ms})

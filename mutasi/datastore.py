@@ -33,7 +33,7 @@ def insert_mutations(engine: Engine, rows: Rows) -> set[Facts]:
 
 
 def find_mutations(engine: Engine, rows: Rows) -> set[Facts]:
-    """Those of these movements that are in the mutation book just so."""
+    """Those of these movements that are in the mutation book with exactly these values."""
     return _execute(engine, _FIND, rows)
 
 
@@ -51,7 +51,7 @@ class Stream:
 
     def read(self, count: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
         """Up to `count` of the oldest entries, id and fields; waits half a second for the first."""
-        # From 0, never from the last id read: an entry left behind would be stranded.
+        # Always from 0: an entry that failed before would otherwise never be read again.
         reply: Any = self._redis.xread({STREAM: 0}, count=count, block=BLOCK_MS)
         return [entry for _, entries in reply for entry in entries]
 

@@ -194,7 +194,7 @@ def test_two_instances_serve_64_clients_and_stop_in_good_order_under_load(bank: 
     assert bank.journal(load.sent).isdisjoint(r.key for r in load.sent if r.unknown)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_kill_9_loses_nothing_and_moves_nothing_twice(bank: Bank, kills: int) -> None:
     """Every other time both services die while Redis is away: movements are in the outbox only."""
     for n in range(kills):
@@ -262,8 +262,9 @@ def test_postgresql_restarted_or_its_sessions_terminated_under_load(bank: Bank) 
                 assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "1")
             bank.sql.server.start()
             load.wait()
-        lines = log_lines(bank.transaksi, "cannot reach PostgreSQL|PostgreSQL is .*")
-        assert [line["level"] for line in lines] == ["ERROR", "INFO"] * 2
+        lines = log_lines(bank.transaksi, "PostgreSQL (failed|works again)")
+        by_teller = [line["level"] for line in lines if line["logger"] == "transaksi.teller"]
+        assert by_teller == ["ERROR", "INFO"] * 2
         ours = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = ANY(%s)"
         for _ in range(5):
             bank.sql(ours, ["transaksi", "mutasi"])
@@ -331,7 +332,7 @@ def test_redis_away_or_hung_fails_no_movement(bank: Bank) -> None:
     names = {bank.transaksi: "Redis", bank.mutasi: "PostgreSQL or Redis"}
 
     def told() -> list[list[str]]:
-        forms = {service: f"cannot reach {name}|{name} is .*" for service, name in names.items()}
+        forms = {service: f"{name} (failed|works again)" for service, name in names.items()}
         return [[line["level"] for line in log_lines(*item)] for item in forms.items()]
 
     with bank.load() as load:
@@ -441,14 +442,14 @@ def test_what_an_operator_can_mend_is_no_poison(bank: Bank) -> None:
     bank.send(bank.deposits(10))
     complaint = "permission denied for table mutasi"
     eventually(lambda: bank.sql.server.log.read_text().count(complaint) >= 3)  # it is retried
-    (line,) = log_lines(bank.mutasi, "cannot reach PostgreSQL or Redis")
+    (line,) = log_lines(bank.mutasi, "PostgreSQL or Redis failed")
     assert (line["level"], line["sqlstate"]) == ("ERROR", "42501")
     bank.stream.acl_setuser("default", enabled=True, commands=["-xdel"])
     bank.sql("GRANT INSERT ON mutasi TO mutasi")
     bank.sql.audit()  # what was stored but not deleted comes again
     eventually(lambda: log_lines(bank.mutasi, "duplicate messages ignored"))
     bank.stream.acl_setuser("default", enabled=True, commands=["+xdel"])
-    eventually(lambda: log_lines(bank.mutasi, "PostgreSQL or Redis is reachable again"))
+    eventually(lambda: log_lines(bank.mutasi, "PostgreSQL or Redis works again"))
     assert bank.stream.xlen(DEAD_LETTER) == 0
 
 

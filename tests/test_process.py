@@ -128,13 +128,13 @@ def test_servers_may_come_late(servers: Servers, monkeypatch: pytest.MonkeyPatch
     servers.redis.stop()
     with running(*both), running(*never):
         for service in (*both, *never):
-            eventually(partial(log_lines, service, "cannot reach PostgreSQL.*"))
+            eventually(partial(log_lines, service, "PostgreSQL.* failed"))
         servers.postgres.start()
-        eventually(partial(log_lines, transaksi, "PostgreSQL is reachable again"))
+        eventually(partial(log_lines, transaksi, "PostgreSQL works again"))
         servers.redis.start()
-        eventually(partial(log_lines, mutasi, "PostgreSQL or Redis is reachable again"))
+        eventually(partial(log_lines, mutasi, "PostgreSQL or Redis works again"))
     for service in (*both, *never):
-        assert len(log_lines(service, "cannot reach PostgreSQL.*")) == 1
+        assert len(log_lines(service, "PostgreSQL.* failed")) == 1
         assert log_lines(service)[-1]["message"] == "stopped"
 
 
@@ -142,7 +142,7 @@ def test_redis_without_password(servers: Servers) -> None:
     with Redis(servers.directory / "open", None, "--requirepass", "") as server:
         mutasi = Servers(servers.directory, servers.postgres, server).service("mutasi")
         with running(mutasi):
-            assert not log_lines(mutasi, "cannot reach.*")
+            assert not log_lines(mutasi, ".* failed")
 
 
 def test_workers_and_log_level(servers: Servers, customer: Customers) -> None:

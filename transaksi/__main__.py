@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from common.config import read_settings, whole
-from common.connections import Outage, open_redis
+from common.connections import open_redis
 from common.telemetry import flush
 from transaksi.api import OPEN_PATHS, Gate, on_http_exception, router
 from transaksi.datastore import Database
@@ -51,11 +51,10 @@ def settings() -> Namespace:
 def create_app() -> FastAPI:
     """Wire up one process; uvicorn calls this in each."""
     s = settings()
-    postgres = Outage("PostgreSQL")
-    relay = Relay(Database(s, 1), postgres, open_redis(s), s.max_stream, s.resend_after)
+    relay = Relay(Database(s, 1), open_redis(s), s.max_stream, s.resend_after)
     # No ping before each batch: the teller retries on a stale connection itself.
-    teller = Teller(Database(s, 1, ping=False), postgres, s.max_queue, relay.hand_over)
-    # bcrypt has a thread per core, and less CPU than the customers who are in.
+    teller = Teller(Database(s, 1, ping=False), s.max_queue, relay.hand_over)
+    # A bcrypt thread per core, of low priority: checks do not slow down customers who are authenticated.
     pin_database = Database(s, os.cpu_count() or 1, nice=10)
     pins = PinCheck(pin_database, s.auth_cache_ttl, s.max_pin_failures, s.lock_minutes)
 
@@ -81,7 +80,7 @@ def create_app() -> FastAPI:
     )
     app.add_middleware(Gate, pins=pins, time_limit_s=s.request_timeout)
     app.state.teller, app.state.reads, app.state.health = teller, Database(s, 2), None
-    # The garbage collector need not read all modules again and again: a quarter of a request's CPU.
+    # Keep the loaded modules out of garbage collection, which took a quarter of a request's CPU.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)

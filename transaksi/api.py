@@ -20,14 +20,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from common.connections import describe
 from common.telemetry import masked, traceparent
 from transaksi import datastore, payloads
-from transaksi.app import Command, JenisTransaksi, Refusal, Replay, unavailable, unknown_account
-from transaksi.payloads import documented, malformed, validate
-from transaksi.pin import PinCheck, not_authenticated, parse
+from transaksi.app import Command, JenisTransaksi, Refusal, Replay
+from transaksi.payloads import documented, validate
+from transaksi.pin import PinCheck, parse
 
 log = logging.getLogger(__name__)
 
 MAX_BODY = 4096
-# No 401 is sent earlier after arrival: its time must not tell its cause. 0.3 s, and the timer's precision.
+# No refusal of credentials comes earlier: its time must not tell its cause. 0.3 s, and the timer's precision.
 MIN_401_S = 0.302
 JSON = re.compile(rb"application/([^;]+\+)?json\s*(;.*)?", re.IGNORECASE)
 SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
@@ -50,18 +50,20 @@ class Gate:
         scope["arrived"] = time.monotonic()
         scope["context"] = {"path": re.sub("[0-9]{6,}", "*", scope["path"][:100])}  # no account, no PIN
         try:
-            async with asyncio.timeout(None if is_open else self._time_limit_s):
+            async with asyncio.timeout(None if is_open else self._time_limit_s) as scope["limit"]:
                 if not is_open:
                     scope["account"] = await self._authenticate(scope)
                 await self._app(scope, receive, send)
             return
         except Refusal as raised:
             refusal = raised
-        except (TimeoutError, asyncio.CancelledError):  # in a PIN check or a read
-            refusal = unavailable("time limit")
+        except (TimeoutError, asyncio.CancelledError):  # or the server is stopping
+            if scope["limit"].when() is None:  # the answer is already being sent
+                raise
+            refusal = Refusal("unavailable", "time limit")  # in a PIN check or a read
         except Exception:
             log.exception("unexpected error", extra=scope["context"])
-            refusal = Refusal(500, "Terjadi kesalahan pada layanan.")
+            refusal = Refusal("unexpected")
         context = scope["context"] | {"status": refusal.status, "remark": refusal.remark}
         context |= {"reason": refusal.reason, "duration_ms": elapsed_ms(scope)}
         log.warning("request refused", extra=context)
@@ -70,10 +72,7 @@ class Gate:
 
     async def _authenticate(self, scope: Scope) -> str:
         try:
-            values = headers(scope, b"authorization")
-            if len(values) != 1:
-                raise not_authenticated(f"{len(values)} Authorization headers")
-            account, pin = parse(values[0])
+            account, pin = parse(headers(scope, b"authorization"))
             scope["context"]["no_rekening"] = masked(account)
             await self._pins.check(account, pin)
         except Refusal:
@@ -92,9 +91,8 @@ def elapsed_ms(scope: Scope) -> float:
 
 
 async def on_http_exception(_: Request, error: HTTPException) -> Response:
-    """The router's own 404 and 405."""
-    remarks = {404: "Alamat tidak dikenali.", 405: "Metode tidak diizinkan untuk alamat ini."}
-    raise Refusal(error.status_code, remarks[error.status_code], headers=dict(error.headers or {}))
+    """Turn the router's 404 and 405 into refusals."""
+    raise Refusal(str(error.status_code), headers=error.headers)
 
 
 class PlainRoute(APIRoute):
@@ -108,6 +106,9 @@ class PlainRoute(APIRoute):
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             response = await endpoint(Request(scope, receive, send))
+            scope["limit"].reschedule(
+                None
+            )  # what has been carried out is not refused for a client that reads slowly
             await response(scope, receive, send)
 
         self.app = app
@@ -144,7 +145,7 @@ async def move(request: Request, jenis_transaksi: JenisTransaksi) -> Response:
     trace.get_current_span().set_attributes(context)
     if payload.no_rekening != scope["account"]:
         context["no_rekening_payload"] = masked(payload.no_rekening)
-        raise unknown_account()
+        raise Refusal("unknown_account")
     command = Command(jenis_transaksi, payload.no_rekening, payload.nominal, key, traceparent())
     result = await request.app.state.teller.submit(command)
     movement, replayed = (result.first, True) if isinstance(result, Replay) else (result, False)
@@ -158,17 +159,17 @@ async def move(request: Request, jenis_transaksi: JenisTransaksi) -> Response:
 async def read_body(request: Request) -> bytes:
     """The payload. Raises `Refusal` if it is not JSON, too large, too late or cut off."""
     if not any(JSON.fullmatch(value) for value in headers(request.scope, b"content-type")):
-        raise Refusal(415, "Content-Type harus application/json.")
+        raise Refusal("content_type")
     body = b""
     try:
         async for piece in request.stream():
             body += piece
             if len(body) > MAX_BODY:
-                raise Refusal(413, "Payload melebihi 4 KiB.")
+                raise Refusal("payload_large")
     except ClientDisconnect:
-        raise malformed() from None
+        raise Refusal("not_json") from None
     except asyncio.CancelledError:  # the time limit, or the server is stopping
-        raise Refusal(408, "Payload tidak diterima lengkap pada waktunya.") from None
+        raise Refusal("payload_late") from None
     return body
 
 
@@ -176,7 +177,7 @@ def idempotency_key(scope: Scope) -> str | None:
     """The request's key, if it has one. Raises `Refusal` for a malformed one and for two."""
     keys = [value.decode("latin-1") for value in headers(scope, b"idempotency-key")]
     if len(keys) > 1 or not all(re.fullmatch(payloads.KEY, key) for key in keys):
-        raise malformed("Idempotency-Key")
+        raise Refusal("Idempotency-Key")
     return keys[0] if keys else None
 
 
@@ -213,19 +214,18 @@ async def read(request: Request, function: Callable[..., Any], *arguments: Any) 
     try:
         return await request.app.state.reads.run(function, request.scope["account"], *arguments)
     except DBAPIError as error:
-        log.error("cannot read", extra=request.scope["context"] | describe(error))
-        raise unavailable("database") from None
+        raise Refusal("unavailable", f"database: {describe(error)}") from None
 
 
 @router.get("/health", responses=documented(503))
 async def health(request: Request) -> Response:
     """Whether PostgreSQL answers. Redis does not matter: movements wait for it in PostgreSQL."""
     state = request.app.state
-    if not state.health or state.health.done():  # one question for all who ask meanwhile
+    if not state.health or state.health.done():  # concurrent callers share one question
         state.health = state.reads.run(datastore.ping)
     try:
         async with asyncio.timeout(2):
             await asyncio.shield(state.health)
     except (TimeoutError, DBAPIError):
-        raise unavailable("PostgreSQL does not answer") from None
+        raise Refusal("unavailable", "PostgreSQL does not answer") from None
     return JSONResponse({"status": "ok"})

@@ -3,7 +3,7 @@
 Amounts are whole rupiah.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -42,31 +42,51 @@ class Replay:
     first: Movement
 
 
+REFUSALS = {  # HTTP status, and the remark for the customer
+    "unknown_account": (
+        400,
+        "Nomor rekening tidak dikenali.",
+    ),  # not the customer's own, whether it exists or not
+    "insufficient_balance": (400, "Saldo tidak mencukupi."),
+    "balance_limit": (400, "Saldo akan melebihi batas."),
+    "not_json": (400, "Payload bukan JSON yang sah."),
+    "no_rekening": (400, "no_rekening harus teks berisi 10 sampai 16 angka."),
+    "nominal": (400, "nominal harus bilangan bulat 1 sampai 1.000.000.000.000 rupiah."),
+    "Idempotency-Key": (400, "Idempotency-Key harus 1 sampai 255 karakter ASCII yang tercetak."),
+    "sebelum": (400, "sebelum harus bilangan bulat positif, paling banyak 18 angka."),
+    "batas": (400, "batas harus bilangan bulat 1 sampai 100."),
+    "not_authenticated": (401, "Nomor rekening atau PIN salah."),
+    "404": (404, "Alamat tidak dikenali."),
+    "405": (405, "Metode tidak diizinkan untuk alamat ini."),
+    "payload_late": (408, "Payload tidak diterima lengkap pada waktunya."),
+    "payload_large": (413, "Payload melebihi 4 KiB."),
+    "content_type": (415, "Content-Type harus application/json."),
+    "key_reused": (422, "Idempotency-Key sudah dipakai untuk transaksi lain."),
+    "unexpected": (500, "Terjadi kesalahan pada layanan."),
+    "unavailable": (
+        503,
+        "Layanan sedang tidak tersedia, silakan coba lagi.",
+    ),  # not carried out: may be repeated
+    "unknown_outcome": (  # may or may not have been carried out
+        503,
+        "Hasil transaksi belum dapat dipastikan; ulangi dengan Idempotency-Key yang sama, "
+        "atau periksa saldo dan mutasi dahulu bila tidak memakainya.",
+    ),
+}
+HEADERS = {
+    "not_authenticated": {"WWW-Authenticate": 'Basic realm="transaksi", charset="UTF-8"'},  # RFC 7617
+    "unavailable": {"Retry-After": "1"},
+}
+
+
 class Refusal(Exception):
-    """A refused request: HTTP status, remark for the customer, reason for the log, headers."""
+    """A refused request: a name in `REFUSALS`, and a reason for the log."""
 
-    def __init__(
-        self, status: int, remark: str, reason: str = "", headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(remark)
-        self.status, self.remark, self.reason, self.headers = status, remark, reason, headers
-
-
-def unknown_account() -> Refusal:
-    """The account is not the customer's own; whether it exists must make no difference."""
-    return Refusal(400, "Nomor rekening tidak dikenali.")
-
-
-def unavailable(reason: str) -> Refusal:
-    """The request was not carried out and will not be: the client may repeat it."""
-    remark = "Layanan sedang tidak tersedia, silakan coba lagi."
-    return Refusal(503, remark, reason, {"Retry-After": "1"})
-
-
-def unknown_outcome() -> Refusal:
-    """The command may or may not have been carried out."""
-    remark = "Hasil transaksi belum dapat dipastikan; ulangi dengan Idempotency-Key yang sama, "
-    return Refusal(503, remark + "atau tanyakan dahulu bila tidak memakainya.", "outcome unknown")
+    def __init__(self, name: str, reason: str = "", headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(name)
+        self.status, self.remark = REFUSALS[name]
+        self.headers = headers or HEADERS.get(name)
+        self.reason = reason
 
 
 Key = tuple[str, str]  # account, idempotency key
@@ -95,10 +115,10 @@ def _decide(command: Command, balances: dict[str, int], recorded: dict[Key, Move
     if first := recorded.get(key):
         before = first.command
         if (before.jenis_transaksi, before.nominal) != (command.jenis_transaksi, command.nominal):
-            raise Refusal(422, "Idempotency-Key sudah dipakai untuk transaksi lain.")
+            raise Refusal("key_reused")
         return Replay(first)
     if account not in balances:
-        raise unknown_account()
+        raise Refusal("unknown_account")
     balances[account] = balance_after(command, balances[account])
     movement = Movement(command, balances[account])
     if command.idempotency_key:
@@ -110,8 +130,8 @@ def balance_after(command: Command, balance: int) -> int:
     """The balance after one command. Raises `Refusal`."""
     if command.jenis_transaksi == "tarik":
         if command.nominal > balance:
-            raise Refusal(400, "Saldo tidak mencukupi.")
+            raise Refusal("insufficient_balance")
         return balance - command.nominal
     if balance + command.nominal > MAX_SALDO:
-        raise Refusal(400, "Saldo akan melebihi batas.")
+        raise Refusal("balance_limit")
     return balance + command.nominal

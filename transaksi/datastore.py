@@ -25,9 +25,9 @@ T = TypeVar("T")
 
 
 class Database:
-    """An engine and the threads that use it, one connection each: every purpose has its own.
+    """An engine with its own threads, one connection each. Teller, relay, PIN checks and reads have one each.
 
-    `nice` gives the threads less CPU than the event loop, on Linux, where niceness is a thread's own.
+    `nice` gives the threads a low priority, on Linux, where niceness is a thread's own.
     """
 
     def __init__(self, settings: Namespace, threads: int, nice: int = 0, ping: bool = True) -> None:
@@ -202,7 +202,7 @@ def forget_attempts(engine: Engine, account: str, count: int) -> None:
 _OUTBOX_AGE = text("""
     SELECT extract(epoch FROM clock_timestamp() - tanggal_transaksi)::float8
     FROM transaksi WHERE id = (SELECT min(id_transaksi) FROM outbox)""")
-# ARRAY and LATERAL ... LIMIT 1 look up single ids by index under every plan, and never read the journal.
+# ARRAY and LATERAL ... LIMIT 1 look up ids by the primary key under every plan, and never scan the journal.
 _MARK_LOST = text("""
     WITH marked AS (
         UPDATE outbox SET dikirim_pada = clock_timestamp()

@@ -1,4 +1,4 @@
-"""The form of requests and answers: models, the remarks of malformed requests, the OpenAPI document."""
+"""The form of requests and answers: models, validation, the OpenAPI document."""
 
 import re
 from collections.abc import Callable
@@ -8,19 +8,12 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
-from transaksi.app import MAX_NOMINAL, MAX_SALDO, JenisTransaksi, Refusal
+from transaksi.app import MAX_NOMINAL, MAX_SALDO, REFUSALS, JenisTransaksi, Refusal
 
 M = TypeVar("M", bound=BaseModel)
 
 KEY = "^[ -~]{1,255}$"
-REMARKS = {
-    "no_rekening": "no_rekening harus teks berisi 10 sampai 16 angka.",
-    "nominal": "nominal harus bilangan bulat 1 sampai 1.000.000.000.000 rupiah.",
-    "Idempotency-Key": "Idempotency-Key harus 1 sampai 255 karakter ASCII yang tercetak.",
-    "sebelum": "sebelum harus bilangan bulat positif, paling banyak 18 angka.",
-    "batas": "batas harus bilangan bulat 1 sampai 100.",
-}
-REFUSALS = {
+MEANINGS = {
     400: "Malformed, or against the rules: nothing has changed",
     401: "Not authenticated, whatever the cause",
     408: "The payload did not come in time",
@@ -48,7 +41,7 @@ def digits(text: str) -> str:
 class StatementRequest(BaseModel):
     """A page: at most `batas` movements with ids below `sebelum`, without it the newest."""
 
-    sebelum: Annotated[int, BeforeValidator(digits), Field(ge=1)] | SkipJsonSchema[None] = None
+    sebelum: Annotated[int, Field(ge=1), BeforeValidator(digits)] | SkipJsonSchema[None] = None
     batas: Annotated[int, BeforeValidator(digits)] = Field(20, ge=1, le=100)
 
 
@@ -81,22 +74,18 @@ class Error(BaseModel):
     remark: str = Field(examples=["Saldo tidak mencukupi."])
 
 
-def malformed(field: str = "") -> Refusal:
-    return Refusal(400, REMARKS.get(field, "Payload bukan JSON yang sah."))
-
-
 def validate(parse: Callable[[Any], M], data: Any) -> M:
     """`parse(data)`. Raises `Refusal` that names the first wrong field."""
     try:
         return parse(data)
     except ValidationError as error:
         fields = (part for problem in error.errors(include_input=False) for part in problem["loc"])
-        raise malformed(next((str(field) for field in fields if field in REMARKS), "")) from None
+        raise Refusal(next((str(field) for field in fields if field in REFUSALS), "not_json")) from None
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The refusals of a route, for the OpenAPI document."""
-    return {status: {"model": Error, "description": REFUSALS[status]} for status in statuses}
+    return {status: {"model": Error, "description": MEANINGS[status]} for status in statuses}
 
 
 def parameter(name: str, where: str, schema: Any, description: str = "") -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The PIN check: account number and PIN of the Authorization header.
 
 A right PIN is remembered for a while, so that the next request costs microseconds. Any other costs one
-bcrypt, in threads that run when the event loop leaves the CPU idle. Each attempt is counted in the database
-before it is made: however many guess at once, no more than the limit are compared.
+bcrypt, in threads of low priority. Each attempt is counted in the database before it is made: however many
+guess at once, no more than the limit are compared.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from common.connections import describe
 from common.telemetry import masked
 from transaksi import datastore
-from transaksi.app import Refusal, unavailable
+from transaksi.app import Refusal
 from transaksi.datastore import Database
 
 log = logging.getLogger(__name__)
@@ -32,21 +32,15 @@ CREDENTIALS = re.compile(rb"([0-9]{10,16}):([0-9]{6})")
 DUMMY_HASH = bcrypt.hashpw(secrets.token_bytes(16), bcrypt.gensalt(10)).decode()
 
 
-def not_authenticated(reason: str) -> Refusal:
-    """No valid credentials. The client gets the same answer for every reason (RFC 7617)."""
-    challenge = {"WWW-Authenticate": 'Basic realm="transaksi", charset="UTF-8"'}
-    return Refusal(401, "Nomor rekening atau PIN salah.", reason, challenge)
-
-
-def parse(authorization: bytes) -> tuple[str, bytes]:
-    """Account number and PIN of an Authorization header. Raises `Refusal`."""
-    scheme, _, token = authorization.partition(b" ")
+def parse(authorizations: list[bytes]) -> tuple[str, bytes]:
+    """Account number and PIN of the one Authorization header (RFC 7617). Raises `Refusal`."""
+    scheme, _, token = b"".join(authorizations[:1]).partition(b" ")
     try:
         match = CREDENTIALS.fullmatch(base64.b64decode(token.strip(), validate=True))
     except binascii.Error:
         match = None
-    if scheme.lower() != b"basic" or not match:
-        raise not_authenticated("malformed")
+    if len(authorizations) != 1 or scheme.lower() != b"basic" or not match:
+        raise Refusal("not_authenticated", "missing or malformed")
     return match[1].decode(), match[2]
 
 
@@ -66,13 +60,13 @@ class PinCheck:
 
     async def check(self, account: str, pin: bytes) -> None:
         """Return if the PIN is the account's, raise `Refusal` otherwise."""
-        # Keyed, so that no PIN is kept; with the colon, so that no pair can be read as another one.
+        # Keyed, so that no PIN is kept in memory; the colon keeps the two parts apart.
         secret = hashlib.blake2b(b"%s:%s" % (account.encode(), pin), key=self._key).digest()
         if secret in self._remembered:
             return
         if secret not in self._running:
             if len(self._running) >= MAX_CHECKS:
-                raise unavailable("too many PIN checks")
+                raise Refusal("unavailable", "too many PIN checks")
             self._running[secret] = asyncio.create_task(self._check(secret, account, pin))
         await asyncio.shield(self._running[secret])  # equal checks share one
 
@@ -80,12 +74,11 @@ class PinCheck:
         try:
             reason = await self._database.run(self._compare, account, pin)
         except DBAPIError as error:
-            log.error("cannot check a PIN", extra=describe(error))
-            raise unavailable("database") from None
+            raise Refusal("unavailable", f"database: {describe(error)}") from None
         finally:
             del self._running[secret]
         if reason:
-            raise not_authenticated(reason)
+            raise Refusal("not_authenticated", reason)
         self._remembered[secret] = True
 
     def _compare(self, engine: Engine, account: str, pin: bytes) -> str | None:

@@ -41,13 +41,13 @@ class Relay:
     """
 
     database: Database
-    postgres: Outage
     redis: Redis
     max_stream: int
     resend_after_s: int
     waiting: deque[tuple[float, Movement]] = field(default_factory=deque)
     work: asyncio.Task[None] | None = None
-    outage: Outage = field(default_factory=lambda: Outage("Redis"))
+    postgres: Outage = field(default_factory=lambda: Outage(log, "PostgreSQL"))
+    outage: Outage = field(default_factory=lambda: Outage(log, "Redis"))
     alarm: int = logging.INFO
 
     def hand_over(self, movements: Sequence[Movement]) -> None:
@@ -66,7 +66,7 @@ class Relay:
         while self.waiting:
             await asyncio.sleep(GATHER_S)
             batch = [self.waiting.popleft() for _ in range(min(BATCH, len(self.waiting)))]
-            # What waited longer may have been sent again meanwhile.
+            # Older ones may have been sent again by `_resend` meanwhile.
             since = asyncio.get_running_loop().time() - self.resend_after_s
             await self.database.run(self._send, [m for handed_over, m in batch if handed_over > since])
 
@@ -96,16 +96,18 @@ class Relay:
     def _resend(self, engine: Engine) -> int:
         """Send up to `BATCH` lost movements again. Returns how many.
 
-        While the stream is empty or its oldest entry is young, nothing is merely late: what was sent long
-        ago and is not booked is lost. It is marked as sent, committed, and then sent: no row is locked while
-        Redis is waited for, and a failure means another try later.
+        While the stream is empty or its oldest entry is young, nothing is just late: a row that was sent long
+        ago and is not booked was lost. It is marked, committed and then sent: no row is locked while Redis is
+        waited for, and if sending fails, it is tried again later.
         """
         try:
             behind_s = datastore.outbox_age(engine)
             self.postgres.end()
             self._report(behind_s)
             length, age_s = self._stream()
-            if not behind_s:
+            if (
+                not behind_s
+            ):  # XADD may fail where reads work, if Redis is full: an empty outbox proves it works
                 self.outage.end()
             if length >= self.max_stream or age_s >= self.resend_after_s:
                 return 0

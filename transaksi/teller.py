@@ -16,14 +16,14 @@ from sqlalchemy.exc import DBAPIError
 
 from common.connections import Outage, data_refused, describe
 from transaksi import datastore
-from transaksi.app import Command, Movement, Refusal, Replay, Result, decide, unavailable, unknown_outcome
+from transaksi.app import Command, Movement, Refusal, Replay, Result, decide
 from transaksi.datastore import Database
 
 log = logging.getLogger(__name__)
 
 BATCH = 512
 
-Ticket = tuple[Command, asyncio.Future[Movement | Replay]]  # a command, and where its answer is awaited
+Ticket = tuple[asyncio.Future[Movement | Replay], Command]  # where the answer is awaited, and to what
 
 
 @dataclass(eq=False)
@@ -31,11 +31,11 @@ class Teller:
     """The queue of one process. `database` has one thread; `committed` gets the movements of each batch."""
 
     database: Database
-    postgres: Outage
     max_queue: int
     committed: Callable[[Sequence[Movement]], None]
     queue: deque[Ticket] = field(default_factory=deque)
     work: asyncio.Task[None] | None = None
+    postgres: Outage = field(default_factory=lambda: Outage(log, "PostgreSQL"))
 
     async def submit(self, command: Command) -> Movement | Replay:
         """Carry out a command. Raises `Refusal`.
@@ -44,9 +44,9 @@ class Teller:
         carried out; the outcome of one that is in the database is unknown.
         """
         if len(self.queue) >= self.max_queue:
-            raise unavailable("queue full")
+            raise Refusal("unavailable", "queue full")
         answer: asyncio.Future[Movement | Replay] = asyncio.get_running_loop().create_future()
-        ticket = command, answer
+        ticket = answer, command
         self.queue.append(ticket)
         if not self.work or self.work.done():
             self.work = asyncio.create_task(self._post_batches())
@@ -56,9 +56,9 @@ class Teller:
             if not answer.cancelled():  # the answer came at the same moment
                 return answer.result()
             if ticket not in self.queue:
-                raise unknown_outcome() from None
+                raise Refusal("unknown_outcome") from None
             self.queue.remove(ticket)
-            raise unavailable("still queued") from None
+            raise Refusal("unavailable", "still queued") from None
 
     async def close(self) -> None:
         """Wait until every command is answered, 2 s at most."""
@@ -66,14 +66,14 @@ class Teller:
             await asyncio.wait([self.work], timeout=2)
 
     async def _post_batches(self) -> None:
-        """Post batches until the queue is empty, each before the answers to the last one go out."""
+        """Post batches until the queue is empty. The next starts before the answers of the last go out."""
         batch: list[Ticket] = []
         results: list[Result] = []
         while self.queue or batch:
             taken = [self.queue.popleft() for _ in range(min(BATCH, len(self.queue)))]
-            commands = [command for command, _ in taken]
+            commands = [command for _, command in taken]
             posting = self.database.run(self._settle, commands) if taken else None
-            for (_, answer), result in zip(batch, results, strict=True):
+            for (answer, _), result in zip(batch, results, strict=True):
                 if answer.done():  # cancelled
                     continue
                 if isinstance(result, Refusal):
@@ -96,10 +96,10 @@ class Teller:
                 return [self._settle(engine, [command])[0] for command in commands]
             else:
                 log.error("command refused by the database", extra=describe(error))
-            return [unavailable("database") for _ in commands]
+            return [Refusal("unavailable", "database") for _ in commands]
         except Exception:
             log.exception("unexpected error")
-            return [unknown_outcome() for _ in commands]
+            return [Refusal("unknown_outcome") for _ in commands]
 
     def _post(self, engine: Engine, commands: list[Command]) -> list[Result]:
         """Post a batch in one transaction. Raises `DBAPIError` if the database fails before COMMIT."""
@@ -114,6 +114,6 @@ class Teller:
                     connection.commit()
                 except DBAPIError as error:
                     self.postgres.begin(error)
-                    return [unknown_outcome() for _ in commands]
+                    return [Refusal("unknown_outcome") for _ in commands]
         self.postgres.end()
         return results
