@@ -16,6 +16,7 @@ from sqlalchemy import insert, select, update
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import transaksi.__main__ as product
+from transaksi import protocol
 from transaksi.datastore import Rekening, Transaksi
 from transaksi.payloads import Balance, MovementRequest
 
@@ -52,5 +53,5 @@ if __name__ == "__main__":
     chosen = {"noop": noop, "plain": plain}[sys.argv[1]]
     del sys.argv[1:4]
     product.create_app = lambda: create_app(chosen)
-    product.BoundedHttp = HttpToolsProtocol  # type: ignore[misc, assignment]
+    protocol.BoundedHttp = HttpToolsProtocol  # type: ignore[misc, assignment]
     product.main()

@@ -74,6 +74,6 @@ def process_batch(engine: Engine, stream: Stream, batch_size: int) -> None:
         except Invalid as error:
             bad.append((Message(entry, fields, {}), str(error)))
     if good:
-        store(engine, stream, good)
+        bad += store(engine, stream, good)
     for message, reason in bad:
         set_aside(stream, message, reason)

@@ -31,12 +31,11 @@ class Message:
         return int(row["id_transaksi"]), row["no_rekening"], row["jenis_transaksi"], int(row["nominal"])
 
 
-def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> None:
-    """Store a batch, then delete it from the stream.
+def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> list[tuple[Message, str]]:
+    """Store a batch, then delete it from the stream. Returns the bad messages, each with the reason.
 
-    After a crash in between the messages come again, and are in the book already. Messages that the database
-    refuses for their data are found by halving and set aside. Any other error is raised, and the messages
-    stay in the stream.
+    After a crash in between the messages come again, and are in the book already. Messages that the
+    database refuses for their data are found by halving. Any other error is raised: nothing is deleted.
     """
     started_ns = time.time_ns()
     try:
@@ -46,14 +45,11 @@ def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> None:
             raise
         if len(messages) > 1:
             middle = len(messages) // 2
-            store(engine, stream, messages[:middle])
-            store(engine, stream, messages[middle:])
-        else:
-            facts = describe(error)
-            set_aside(
-                stream, messages[0], f"refused by the database: {facts['error']} {facts['constraint'] or ''}"
-            )
-        return
+            return store(engine, stream, messages[:middle]) + store(engine, stream, messages[middle:])
+        facts = describe(error)
+        return [
+            (messages[0], f"refused by the database: {facts['error']} {facts['constraint'] or ''}".strip())
+        ]
     repeated = []
     for message in messages:
         if message.facts in stored:
@@ -61,24 +57,20 @@ def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> None:
             _report(message, started_ns)
         else:
             repeated.append(message)
-    if repeated:
-        known = datastore.find_mutations(engine, [message.row for message in repeated])
-        differing = [message for message in repeated if message.facts not in known]
-        for message in differing:
-            set_aside(stream, message, "differs from the mutation book")
-        if len(repeated) > len(differing):
-            log.warning("duplicate messages ignored", extra={"count": len(repeated) - len(differing)})
-    stream.delete([message.entry for message in messages])
+    known = datastore.find_mutations(engine, [m.row for m in repeated]) if repeated else set()
+    differing = [message for message in repeated if message.facts not in known]
+    if len(repeated) > len(differing):
+        log.warning("duplicate messages ignored", extra={"count": len(repeated) - len(differing)})
+    stream.delete([message.entry for message in messages if message not in differing])
     duration_ms = (time.time_ns() - started_ns) // 1_000_000
     log.debug("batch stored", extra={"count": len(messages) - len(repeated), "duration_ms": duration_ms})
+    return [(message, "differs from the mutation book") for message in differing]
 
 
 def set_aside(stream: Stream, message: Message, reason: str) -> None:
     """Move a bad message to the dead letters."""
-    stream.set_aside(message.entry, message.fields, reason.strip())
-    log.error(
-        "message moved to dead letters", extra={"entry": message.entry.decode(), "reason": reason.strip()}
-    )
+    stream.set_aside(message.entry, message.fields, reason)
+    log.error("message moved to dead letters", extra={"entry": message.entry.decode(), "reason": reason})
 
 
 def _report(message: Message, started_ns: int) -> None:

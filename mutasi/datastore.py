@@ -57,7 +57,8 @@ class Stream:
 
     def delete(self, entries: Sequence[bytes]) -> None:
         """Delete entries once their movements are stored."""
-        self._redis.xdel(STREAM, *entries)
+        if entries:
+            self._redis.xdel(STREAM, *entries)
 
     def set_aside(self, entry: bytes, fields: dict[bytes, bytes], reason: str) -> None:
         """Move an entry to the dead letters, with the reason: both or neither."""

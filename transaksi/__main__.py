@@ -12,7 +12,6 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from common.config import read_settings, whole
@@ -26,7 +25,6 @@ from transaksi.teller import Teller
 
 log = logging.getLogger("transaksi")
 
-MAX_HEAD = 65_536
 NO_METRICS = {"operation_spans": False, "metrics": False, "logs": False}
 
 
@@ -94,26 +92,6 @@ def end() -> None:
     os._exit(0)
 
 
-class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's HTTP with a bound on a request's head, which it lacks: anyone could fill the memory."""
-
-    _unread = 0  # bytes since the last complete head or piece of a payload
-
-    def data_received(self, data: bytes) -> None:
-        self._unread += len(data)
-        super().data_received(data)
-        if self._unread > MAX_HEAD and not self.transport.is_closing():
-            self.send_400_response("Request head too large.")
-
-    def on_headers_complete(self) -> None:
-        self._unread = 0
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        self._unread = 0
-        super().on_body(body)
-
-
 def main() -> None:
     s = settings()
     log.info("starting", extra=s.options)
@@ -125,7 +103,7 @@ def main() -> None:
         workers=s.workers,
         log_config=None,
         access_log=False,  # our own lines say more
-        http="transaksi.__main__:BoundedHttp",
+        http="transaksi.protocol:BoundedHttp",
         ws="none",
         server_header=False,
         proxy_headers=False,

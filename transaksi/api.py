@@ -58,7 +58,7 @@ class Gate:
         except Refusal as raised:
             refusal = raised
         except (TimeoutError, asyncio.CancelledError):  # or the server is stopping
-            if scope["limit"].when() is None:  # the answer is already being sent
+            if scope["limit"].when() is None or "id_transaksi" in scope["context"]:  # being answered
                 raise
             refusal = Refusal("unavailable", "time limit")  # in a PIN check or a read
         except Exception:
@@ -106,9 +106,8 @@ class PlainRoute(APIRoute):
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             response = await endpoint(Request(scope, receive, send))
-            scope["limit"].reschedule(
-                None
-            )  # what has been carried out is not refused for a client that reads slowly
+            if not scope["limit"].expired():  # a slow reader must not be told that nothing was carried out
+                scope["limit"].reschedule(None)
             await response(scope, receive, send)
 
         self.app = app
@@ -223,9 +222,7 @@ async def health(request: Request) -> Response:
     state = request.app.state
     if not state.health or state.health.done():  # concurrent callers share one question
         state.health = state.reads.run(datastore.ping)
-    try:
-        async with asyncio.timeout(2):
-            await asyncio.shield(state.health)
-    except (TimeoutError, DBAPIError):
-        raise Refusal("unavailable", "PostgreSQL does not answer") from None
+    done, _ = await asyncio.wait([state.health], timeout=2)
+    if not done or state.health.exception():
+        raise Refusal("unavailable", "PostgreSQL does not answer")
     return JSONResponse({"status": "ok"})

@@ -56,7 +56,7 @@ class PinCheck:
         self._max_failures, self._lock_minutes = max_failures, lock_minutes
         self._key = secrets.token_bytes(32)
         self._remembered: TTLCache[bytes, bool] = TTLCache(MAX_REMEMBERED, ttl_s)
-        self._running: dict[bytes, asyncio.Task[None]] = {}
+        self._running: dict[bytes, asyncio.Task[Refusal | None]] = {}
 
     async def check(self, account: str, pin: bytes) -> None:
         """Return if the PIN is the account's, raise `Refusal` otherwise."""
@@ -68,18 +68,20 @@ class PinCheck:
             if len(self._running) >= MAX_CHECKS:
                 raise Refusal("unavailable", "too many PIN checks")
             self._running[secret] = asyncio.create_task(self._check(secret, account, pin))
-        await asyncio.shield(self._running[secret])  # equal checks share one
+        if refusal := await asyncio.shield(self._running[secret]):  # equal checks share one
+            raise refusal
 
-    async def _check(self, secret: bytes, account: str, pin: bytes) -> None:
+    async def _check(self, secret: bytes, account: str, pin: bytes) -> Refusal | None:
         try:
             reason = await self._database.run(self._compare, account, pin)
         except DBAPIError as error:
-            raise Refusal("unavailable", f"database: {describe(error)}") from None
+            return Refusal("unavailable", f"database: {describe(error)}")
         finally:
             del self._running[secret]
         if reason:
-            raise Refusal("not_authenticated", reason)
+            return Refusal("not_authenticated", reason)
         self._remembered[secret] = True
+        return None
 
     def _compare(self, engine: Engine, account: str, pin: bytes) -> str | None:
         """Why the PIN is refused, None if it is right. Costs one bcrypt in every case."""
