@@ -21,10 +21,10 @@ OPTIONS = [("--batch-size", 1000, whole(1, 10_000), "stream entries stored in on
 
 
 def main() -> None:
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for sigwait
     settings = read_settings("mutasi", "Stores every accepted movement once.", OPTIONS)
     log.info("starting", extra=settings.options)
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for sigwait
     engine = open_postgres(settings, statement_timeout=10_000, idle_in_transaction_session_timeout=10_000)
     stopping = Event()
     loop = (engine, Stream(open_redis(settings)), settings.batch_size, stopping, ALIVE)
