@@ -22,7 +22,8 @@ CREATE TABLE rekening (
 -- PINs, apart from the balances: guessing never locks a row of money, and service mutasi has no right here.
 CREATE TABLE kredensial (
     no_rekening     text PRIMARY KEY REFERENCES rekening,
-    pin_hash        text NOT NULL CHECK (pin_hash ~ '^\$2[aby]\$10\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}$'),  -- bcrypt, cost 10
+    pin_hash        text NOT NULL  -- bcrypt, cost 10
+        CHECK (pin_hash ~ '^\$2[aby]\$10\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}$'),
     pin_gagal       integer NOT NULL DEFAULT 0 CHECK (pin_gagal >= 0),  -- attempts since the last right PIN
     terkunci_sampai timestamptz
 ) WITH (fillfactor = 50);
@@ -48,7 +49,7 @@ CREATE TABLE outbox (
     id_transaksi bigint PRIMARY KEY REFERENCES transaksi,
     dikirim_pada timestamptz NOT NULL DEFAULT clock_timestamp(),  -- when it was written, or last sent again
     traceparent  text  -- W3C Trace Context of the request, so that its trace goes on in the stream
-) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- small, with many inserts and deletes
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- small, much written
 
 -- The mutation book, written by service mutasi alone. The primary key makes a repeated message harmless. The
 -- reference to all five columns refuses a message that says anything else than the journal.
@@ -79,7 +80,8 @@ CREATE TRIGGER hapus_dari_outbox AFTER INSERT ON mutasi REFERENCING NEW TABLE AS
 -- Append-only, also for the owner.
 CREATE FUNCTION tolak_perubahan() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    RAISE EXCEPTION '% on % refused: it is append-only', TG_OP, TG_TABLE_NAME USING ERRCODE = 'feature_not_supported';
+    RAISE EXCEPTION '% on % refused: it is append-only', TG_OP, TG_TABLE_NAME
+        USING ERRCODE = 'feature_not_supported';
 END $$;
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON transaksi
     FOR EACH STATEMENT EXECUTE FUNCTION tolak_perubahan();
@@ -89,9 +91,12 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON mutasi
 -- Per account: balance = journal = mutation book. Both differences are zero once the outbox is empty.
 CREATE VIEW audit_saldo AS
 SELECT r.no_rekening, r.saldo,
-       r.saldo - coalesce(sum(CASE t.jenis_transaksi WHEN 'tabung' THEN t.nominal ELSE -t.nominal END), 0) AS selisih_transaksi,
-       r.saldo - coalesce(sum(CASE m.jenis_transaksi WHEN 'tabung' THEN m.nominal ELSE -m.nominal END), 0) AS selisih_mutasi
-FROM rekening r LEFT JOIN transaksi t ON t.no_rekening = r.no_rekening LEFT JOIN mutasi m ON m.id_transaksi = t.id
+    r.saldo - coalesce(sum(CASE t.jenis_transaksi WHEN 'tabung' THEN t.nominal ELSE -t.nominal END), 0)
+        AS selisih_transaksi,
+    r.saldo - coalesce(sum(CASE m.jenis_transaksi WHEN 'tabung' THEN m.nominal ELSE -m.nominal END), 0)
+        AS selisih_mutasi
+FROM rekening r LEFT JOIN transaksi t ON t.no_rekening = r.no_rekening
+LEFT JOIN mutasi m ON m.id_transaksi = t.id
 GROUP BY r.no_rekening, r.saldo;
 
 -- Each service may do just what its statements need, and nothing in the server's other databases.
@@ -100,7 +105,8 @@ DO $$ BEGIN EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_data
 DO $$ BEGIN EXECUTE format('GRANT CONNECT ON DATABASE %I TO transaksi, mutasi', current_database()); END $$;
 GRANT SELECT (no_rekening, saldo), UPDATE (saldo) ON rekening TO transaksi;
 GRANT SELECT, UPDATE (pin_gagal, terkunci_sampai) ON kredensial TO transaksi;
-GRANT SELECT, INSERT (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key) ON transaksi TO transaksi;
+GRANT SELECT, INSERT (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key)
+    ON transaksi TO transaksi;
 GRANT SELECT, INSERT, UPDATE (dikirim_pada) ON outbox TO transaksi;
 GRANT SELECT ON mutasi TO transaksi;  -- for GET /mutasi
 GRANT SELECT, INSERT (id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal)

@@ -107,7 +107,7 @@ class Relay:
             length, age_s = self._stream()
             if (
                 not behind_s
-            ):  # XADD may fail where reads work, if Redis is full: an empty outbox proves it works
+            ):  # where Redis is full, reads work and XADD does not: an empty outbox is the proof
                 self.outage.end()
             if length >= self.max_stream or age_s >= self.resend_after_s:
                 return 0
