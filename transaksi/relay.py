@@ -105,9 +105,7 @@ class Relay:
             self.postgres.end()
             self._report(behind_s)
             length, age_s = self._stream()
-            if (
-                not behind_s
-            ):  # where Redis is full, reads work and XADD does not: an empty outbox is the proof
+            if not behind_s:  # only an empty outbox proves that XADD works: a full Redis still answers reads
                 self.outage.end()
             if length >= self.max_stream or age_s >= self.resend_after_s:
                 return 0
