@@ -51,15 +51,16 @@ CREATE TABLE outbox (
     traceparent  text  -- W3C Trace Context of the request, so that its trace goes on in the stream
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- small, much written
 
--- The mutation book, written by service mutasi alone. The primary key makes a repeated message harmless. The
--- reference to all five columns refuses a message that says anything else than the journal.
+-- The mutation book, written by service mutasi alone. A message that came before is in the primary key: it is
+-- ignored. One that says anything else than the journal, the reference refuses.
 CREATE TABLE mutasi (
-    id_transaksi      bigint PRIMARY KEY,
+    id_transaksi      bigint NOT NULL,
     no_rekening       text NOT NULL,
     tanggal_transaksi timestamptz NOT NULL,
     jenis_transaksi   jenis_transaksi NOT NULL,
     nominal           bigint NOT NULL,
     dicatat_pada      timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (id_transaksi, no_rekening, jenis_transaksi, nominal, tanggal_transaksi),
     FOREIGN KEY (id_transaksi, no_rekening, jenis_transaksi, nominal, tanggal_transaksi)
         REFERENCES transaksi (id, no_rekening, jenis_transaksi, nominal, tanggal_transaksi)
 );

@@ -11,6 +11,7 @@ from common.telemetry import start_logging
 
 log = logging.getLogger(__name__)
 
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 Option = tuple[str, Any, Callable[[str], Any], str]  # name, default, type, help
 
 
@@ -25,20 +26,12 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def level(text: str) -> str:
-    """An argparse type: the name of a log level."""
-    if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
-        raise ArgumentTypeError(f"{text!r} is not a log level")
-    return text.upper()
-
-
 OPTIONS: Sequence[Option] = (
     ("--db-host", "127.0.0.1", str, "PostgreSQL host"),
     ("--db-port", 5432, whole(1, 65_535), "PostgreSQL port"),
     ("--db-name", "tabungan", str, "PostgreSQL database"),
     ("--redis-host", "127.0.0.1", str, "Redis host"),
     ("--redis-port", 6379, whole(1, 65_535), "Redis port"),
-    ("--log-level", "INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
 )
 
 
@@ -47,18 +40,21 @@ def read_settings(service: str, description: str, options: Sequence[Option]) -> 
 
     `options` of the result is a dict of all but the secrets: `db_user`, `db_password`, `redis_password`.
     """
-    style = ArgumentDefaultsHelpFormatter
-    parser = ArgumentParser(
-        f"python -m {service}", None, description, formatter_class=style, allow_abbrev=False
-    )
+    parser = ArgumentParser(f"python -m {service}", description=description, allow_abbrev=False)
+    parser.formatter_class = ArgumentDefaultsHelpFormatter
     for name, default, parse, meaning in (*OPTIONS, *options):
         parser.add_argument(name, default=default, type=parse, help=meaning)
+    level = parser.add_argument(
+        "--log-level", default="INFO", type=str.upper, help="least level that is logged"
+    )
+    level.choices = LEVELS
     settings = parser.parse_args()
     settings.options = dict(vars(settings))
     start_logging(service, settings.log_level)
-    for name in ("DB_USER", "DB_PASSWORD", "REDIS_PASSWORD"):
-        if not os.environ.get(name) and name != "REDIS_PASSWORD":
+    for name in ("DB_USER", "DB_PASSWORD"):
+        if not os.environ.get(name):
             log.critical("cannot start: the environment variable %s is missing", name)
             sys.exit(1)
-        setattr(settings, name.lower(), os.environ.get(name) or None)
+        setattr(settings, name.lower(), os.environ[name])
+    settings.redis_password = os.environ.get("REDIS_PASSWORD")
     return settings

@@ -1,7 +1,5 @@
 """Connections to PostgreSQL and Redis: their time limits, and what is logged of their errors."""
 
-import logging
-import time
 from argparse import Namespace
 from typing import Any
 
@@ -39,46 +37,29 @@ def open_postgres(
 
 
 def open_redis(settings: Namespace) -> Redis:
-    """Make a client that gives up after 2 s and does not retry."""
-    retry = Retry(NoBackoff(), 0)
-    limits: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2, "retry": retry}
-    return Redis(settings.redis_host, settings.redis_port, password=settings.redis_password, **limits)
-
-
-def sqlstate(error: BaseException) -> str:
-    """The SQLSTATE of an error, "" if the server sent none (a broken connection)."""
-    return getattr(getattr(error, "orig", None), "pgcode", None) or ""
+    """Make a client that gives up after 2 s and does not retry. It also reads texts that are not Unicode."""
+    return Redis(
+        settings.redis_host,
+        settings.redis_port,
+        password=settings.redis_password,
+        socket_timeout=2,
+        socket_connect_timeout=2,
+        retry=Retry(NoBackoff(), 0),
+        decode_responses=True,
+        encoding_errors="surrogateescape",
+    )
 
 
 def data_refused(error: DBAPIError) -> bool:
     """Whether the database refused the data (SQLSTATE class 22 or 23): a retry cannot help."""
-    return sqlstate(error)[:2] in ("22", "23")
+    return (getattr(error.orig, "pgcode", None) or "")[:2] in ("22", "23")
 
 
-def describe(error: BaseException) -> dict[str, object]:
-    """What a log line shows of an error. PostgreSQL's own text prints rows and stays out."""
+def describe(error: Exception) -> str:
+    """A line about an error of a server. PostgreSQL's own text prints rows and stays out."""
     cause: Any = getattr(error, "orig", None) or error
-    facts: dict[str, object] = {"error": type(cause).__name__}
-    if code := sqlstate(error):
-        return facts | {"sqlstate": code, "constraint": cause.diag.constraint_name}
+    kind = type(cause).__name__
+    if code := getattr(cause, "pgcode", None):
+        return f"{kind} {code} {cause.diag.constraint_name or ''}".strip()
     # libpq's text about a connection, or redis-py's without a pipeline's command, which prints data
-    return facts | {"detail": str(cause).rpartition(" of pipeline caused error: ")[2].partition("\n")[0]}
-
-
-class Outage:
-    """Logs once when a server fails, and once when it works again."""
-
-    def __init__(self, log: logging.Logger, server: str) -> None:
-        self._log, self._server = log, server
-        self._since = 0.0
-
-    def begin(self, error: BaseException) -> None:
-        if not self._since:
-            self._since = time.monotonic()
-            self._log.error("%s failed", self._server, extra=describe(error))
-
-    def end(self) -> None:
-        if self._since:
-            away_ms = round((time.monotonic() - self._since) * 1000)
-            self._since = 0.0
-            self._log.info("%s works again", self._server, extra={"duration_ms": away_ms})
+    return f"{kind}: {str(cause).rpartition(' of pipeline caused error: ')[2].partition(chr(10))[0]}"

@@ -17,12 +17,15 @@ from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
+from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError
+
+from common.connections import describe
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)
 
 NAMES = {"asctime": "timestamp", "levelname": "level", "name": "logger", "exc_info": "exception"}
-DATABASES = ("sqlalchemy", "psycopg2", "redis")  # the text of their errors prints data
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -40,10 +43,11 @@ class JsonFormatter(OrjsonFormatter):
         return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
     def formatException(self, exc_info: Any) -> str:
-        """Traceback, type and text, without the text of a database's error."""
+        """Traceback, type and text. Of a server's error, only what does not print data."""
         kind, error, trail = exc_info
-        text = "" if kind.__module__.startswith(DATABASES) else f": {error}"
-        return f"{''.join(traceback.format_tb(trail))}{kind.__name__}{text}"
+        if isinstance(error, DBAPIError | RedisError):
+            return describe(error)
+        return f"{''.join(traceback.format_tb(trail))}{kind.__name__}: {error}"
 
 
 class Handler(QueueHandler):
@@ -117,15 +121,13 @@ def message_span(
 
     Attributes: https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
     """
-    messaging = {"system": "redis", "destination.name": stream}
-    messaging |= {"operation.name": operation, "operation.type": operation}
+    messaging = {"messaging.system": "redis", "messaging.destination.name": stream}
+    messaging |= {"messaging.operation.name": operation, "messaging.operation.type": operation}
     with tracer.start_as_current_span(
         f"{operation} {stream}",
         _PROPAGATOR.extract({"traceparent": parent}, Context()),
         trace.SpanKind.PRODUCER if operation == "send" else trace.SpanKind.CONSUMER,
-        {f"messaging.{name}": value for name, value in messaging.items()} | facts,
+        messaging | facts,
         start_time=started_ns,
-        record_exception=False,  # its text prints data
-        set_status_on_exception=False,
     ):
         yield traceparent() or parent

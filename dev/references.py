@@ -17,8 +17,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import transaksi.__main__ as product
 from transaksi import protocol
+from transaksi.api import Balance, MovementRequest
 from transaksi.datastore import Rekening, Transaksi
-from transaksi.payloads import Balance, MovementRequest
 
 engine = sqlalchemy.create_engine(os.environ["DB_URL"], pool_size=40)  # for each Starlette thread
 

@@ -9,38 +9,29 @@ from redis.exceptions import RedisError
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from common.connections import Outage
 from mutasi.app import Message, set_aside, store
 from mutasi.datastore import Stream
 
 log = logging.getLogger(__name__)
 
-DATE, TIME, OFFSET = rb"\d{4}-\d\d-\d\d", rb"\d\d:\d\d:\d\d(\.\d{1,6})?", rb"(Z|[+-]\d\d:\d\d)"
-FIELDS = {
-    b"id_transaksi": rb"\d{1,18}",
-    b"tanggal_transaksi": DATE + rb"T" + TIME + OFFSET,  # RFC 3339
-    b"no_rekening": rb"\d{10,16}",
-    b"jenis_transaksi": rb"tabung|tarik",
-    b"nominal": rb"\d{1,13}",
-    b"traceparent": rb"[0-9a-f-]{1,100}",
+FORM = {
+    "id_transaksi": r"\d{1,18}",
+    "tanggal_transaksi": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)",  # RFC 3339
+    "no_rekening": r"\d{10,16}",
+    "jenis_transaksi": "tabung|tarik",
+    "nominal": r"\d{1,13}",
+    "traceparent": "[0-9a-f-]{0,100}",  # only of a traced movement
 }
-OPTIONAL = {b"traceparent"}
 
 
-class Invalid(ValueError):
-    """Why a message is not well-formed."""
-
-
-def parse(fields: dict[bytes, bytes]) -> dict[str, str]:
-    """The fields of a message as text. Raises `Invalid` if one is missing, malformed or unknown."""
-    if missing := FIELDS.keys() - OPTIONAL - fields.keys():
-        raise Invalid(f"{min(missing).decode()} is missing")
-    if unknown := fields.keys() - FIELDS.keys():
-        raise Invalid(f"{len(unknown)} unknown field(s)")
-    for name, value in fields.items():
-        if not re.fullmatch(FIELDS[name], value):
-            raise Invalid(f"{name.decode()} is not valid")
-    return {name.decode(): value.decode() for name, value in fields.items()}
+def flaw(fields: dict[str, str]) -> str | None:
+    """What is wrong with the form of a message; None if nothing is."""
+    if unknown := fields.keys() - FORM.keys():
+        return f"{len(unknown)} unknown field(s)"
+    for name, form in FORM.items():
+        if not re.fullmatch(form, fields.get(name, ""), re.ASCII):
+            return f"{name} is missing or not valid"
+    return None
 
 
 def consume(engine: Engine, stream: Stream, batch_size: int, stopping: Event, alive: Path) -> None:
@@ -48,18 +39,15 @@ def consume(engine: Engine, stream: Stream, batch_size: int, stopping: Event, al
 
     While a server is away it retries with a growing pause: the entries stay in the stream.
     """
-    outage = Outage(log, "PostgreSQL or Redis")
     pause_s = 0.0
-    while not stopping.is_set():
+    while not stopping.wait(pause_s):
         alive.touch()
         try:
             process_batch(engine, stream, batch_size)
-            outage.end()
             pause_s = 0.0
-        except (DBAPIError, RedisError) as error:
-            outage.begin(error)
+        except (DBAPIError, RedisError):
+            log.exception("storing failed")
             pause_s = min(pause_s + 0.25, 5.0)
-            stopping.wait(pause_s)
 
 
 def process_batch(engine: Engine, stream: Stream, batch_size: int) -> None:
@@ -67,12 +55,9 @@ def process_batch(engine: Engine, stream: Stream, batch_size: int) -> None:
 
     In this order: a Redis that is full takes no dead letters until stored messages are deleted.
     """
-    good, bad = [], []
-    for entry, fields in stream.read(batch_size):
-        try:
-            good.append(Message(entry, fields, parse(fields)))
-        except Invalid as error:
-            bad.append((Message(entry, fields, {}), str(error)))
+    messages = [Message(*entry) for entry in stream.read(batch_size)]
+    bad = [(message, reason) for message in messages if (reason := flaw(message.fields))]
+    good = [message for message in messages if not flaw(message.fields)]
     if good:
         bad += store(engine, stream, good)
     for message, reason in bad:

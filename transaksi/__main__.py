@@ -4,29 +4,26 @@ import asyncio
 import gc
 import logging
 import os
-from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from starlette.exceptions import HTTPException
 from uvicorn.supervisors import Multiprocess
 
 from common.config import read_settings, whole
 from common.connections import open_redis
 from common.telemetry import flush
-from transaksi.api import OPEN_PATHS, Gate, on_http_exception, router
+from transaksi.api import routes
 from transaksi.datastore import Database
+from transaksi.middleware import HANDLERS, OPEN_PATHS, Gate
 from transaksi.pin import PinCheck
 from transaksi.relay import Relay
 from transaksi.teller import Teller
 
 log = logging.getLogger("transaksi")
-
-NO_METRICS = {"operation_spans": False, "metrics": False, "logs": False}
-
 
 OPTIONS = (
     ("--host", "127.0.0.1", str, "address to listen on"),
@@ -40,10 +37,8 @@ OPTIONS = (
     ("--max-stream", 10**5, whole(1, 10**7), "stream entries past which movements wait in PostgreSQL"),
     ("--resend-after", 10, whole(1, 3600), "seconds; what is not booked after twice as many is sent again"),
 )
-
-
-def settings() -> Namespace:
-    return read_settings("transaksi", "Deposits and withdrawals over HTTP.", OPTIONS)
+TRACES_ONLY = {"operation_spans": False, "metrics": False, "logs": False}
+settings = partial(read_settings, "transaksi", "Deposits and withdrawals over HTTP.", OPTIONS)
 
 
 def create_app() -> FastAPI:
@@ -69,12 +64,12 @@ def create_app() -> FastAPI:
         title="transaksi",
         version="2.0.0",
         description="Deposits and withdrawals of a tiny savings bank. Amounts are whole rupiah.",
-        routes=router.routes,
+        routes=routes,
         lifespan=lifespan,
-        exception_handlers={HTTPException: on_http_exception},
+        exception_handlers=HANDLERS,
         redoc_url=None,
         redirect_slashes=False,
-        telemetry=NO_METRICS | {"exclude": lambda scope: scope.get("path") in OPEN_PATHS},
+        telemetry=TRACES_ONLY | {"exclude": lambda scope: scope.get("path") in OPEN_PATHS},
     )
     app.add_middleware(Gate, pins=pins, time_limit_s=s.request_timeout)
     app.state.teller, app.state.reads, app.state.health = teller, Database(s, 2), None
@@ -114,7 +109,7 @@ def main() -> None:
         uvicorn.Server(config).run(sockets)
     else:
         Multiprocess(config, sockets).run()
-    end()
+        end()
 
 
 if __name__ == "__main__":

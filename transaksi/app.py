@@ -43,18 +43,16 @@ class Replay:
 
 
 REFUSALS = {  # HTTP status, and the remark for the customer
-    "unknown_account": (
-        400,
-        "Nomor rekening tidak dikenali.",
-    ),  # not the customer's own, whether it exists or not
-    "insufficient_balance": (400, "Saldo tidak mencukupi."),
-    "balance_limit": (400, "Saldo akan melebihi batas."),
     "not_json": (400, "Payload bukan JSON yang sah."),
     "no_rekening": (400, "no_rekening harus teks berisi 10 sampai 16 angka."),
     "nominal": (400, "nominal harus bilangan bulat 1 sampai 1.000.000.000.000 rupiah."),
     "Idempotency-Key": (400, "Idempotency-Key harus 1 sampai 255 karakter ASCII yang tercetak."),
     "sebelum": (400, "sebelum harus bilangan bulat positif, paling banyak 18 angka."),
     "batas": (400, "batas harus bilangan bulat 1 sampai 100."),
+    # not the customer's own, whether it exists or not
+    "unknown_account": (400, "Nomor rekening tidak dikenali."),
+    "insufficient_balance": (400, "Saldo tidak mencukupi."),
+    "balance_limit": (400, "Saldo akan melebihi batas."),
     "not_authenticated": (401, "Nomor rekening atau PIN salah."),
     "404": (404, "Alamat tidak dikenali."),
     "405": (405, "Metode tidak diizinkan untuk alamat ini."),
@@ -63,11 +61,10 @@ REFUSALS = {  # HTTP status, and the remark for the customer
     "content_type": (415, "Content-Type harus application/json."),
     "key_reused": (422, "Idempotency-Key sudah dipakai untuk transaksi lain."),
     "unexpected": (500, "Terjadi kesalahan pada layanan."),
-    "unavailable": (
-        503,
-        "Layanan sedang tidak tersedia, silakan coba lagi.",
-    ),  # not carried out: may be repeated
-    "unknown_outcome": (  # may or may not have been carried out
+    # not carried out: may be repeated
+    "unavailable": (503, "Layanan sedang tidak tersedia, silakan coba lagi."),
+    # may or may not have been carried out
+    "unknown_outcome": (
         503,
         "Hasil transaksi belum dapat dipastikan; ulangi dengan Idempotency-Key yang sama, "
         "atau periksa saldo dan mutasi dahulu bila tidak memakainya.",

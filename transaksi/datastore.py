@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar, get_args
 
-from sqlalchemy import BigInteger, Connection, Engine, ForeignKey, Row, Text, func, select, text
+from sqlalchemy import BigInteger, Connection, Engine, Executable, ForeignKey, Row, Text, func, select, text
 from sqlalchemy.dialects.postgresql import ENUM, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -80,25 +80,25 @@ class Mutasi(Base):
 
     __tablename__ = "mutasi"
     id_transaksi: Mapped[int] = mapped_column(ForeignKey(Transaksi.id), primary_key=True)
-    no_rekening: Mapped[str]
-    tanggal_transaksi: Mapped[datetime]
-    jenis_transaksi: Mapped[JenisTransaksi]
-    nominal: Mapped[int]
+    no_rekening: Mapped[str] = mapped_column(primary_key=True)
+    tanggal_transaksi: Mapped[datetime] = mapped_column(primary_key=True)
+    jenis_transaksi: Mapped[JenisTransaksi] = mapped_column(primary_key=True)
+    nominal: Mapped[int] = mapped_column(primary_key=True)
     dicatat_pada: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
 
 
-def ping(engine: Engine) -> None:
-    """Raise `DBAPIError` if PostgreSQL does not answer."""
-    engine.connect().close()
+def _rows(engine: Engine, statement: Executable, **parameters: Any) -> Sequence[Row[Any]]:
+    """Execute a statement in a transaction of its own."""
+    with engine.begin() as connection:
+        return connection.execute(statement, parameters).all()
 
 
 def find_balance(engine: Engine, account: str) -> int:
     """The balance of an account in whole rupiah."""
-    with engine.connect() as connection:
-        return connection.scalars(select(Rekening.saldo).filter_by(no_rekening=account)).one()
+    return int(_rows(engine, select(Rekening.saldo).filter_by(no_rekening=account))[0].saldo)
 
 
-def find_mutations(engine: Engine, account: str, before: int | None, limit: int) -> Sequence[Any]:
+def find_mutations(engine: Engine, account: str, before: int | None, limit: int) -> Sequence[Row[Any]]:
     """Up to `limit` booked movements of an account, newest first, with ids below `before` if given."""
     newest_first = Mutasi.id_transaksi.desc()
     # The ids alone, so that the index by account answers under every plan.
@@ -106,8 +106,7 @@ def find_mutations(engine: Engine, account: str, before: int | None, limit: int)
     if before:
         ids = ids.where(Mutasi.id_transaksi < before)
     statement = select(*Mutasi.__table__.c, Transaksi.saldo_akhir).join(Transaksi)
-    with engine.connect() as connection:
-        return connection.execute(statement.where(Mutasi.id_transaksi.in_(ids)).order_by(newest_first)).all()
+    return _rows(engine, statement.where(Mutasi.id_transaksi.in_(ids)).order_by(newest_first))
 
 
 # Sorted: all tellers lock in one order, no deadlock. NO KEY, so that foreign keys may go on reading.
@@ -125,13 +124,14 @@ _RECORD = text("""
         SELECT no_rekening, jenis::jenis_transaksi, nominal, saldo_akhir, key
         FROM unnest(:no_rekening, :jenis, (:nominal)::bigint[], (:saldo_akhir)::bigint[], (:key)::text[])
             WITH ORDINALITY AS command (no_rekening, jenis, nominal, saldo_akhir, key, position)
-        ORDER BY position RETURNING id, tanggal_transaksi),
+        ORDER BY position RETURNING id, tanggal_transaksi, no_rekening, saldo_akhir),
     queued AS (
         INSERT INTO outbox (id_transaksi, traceparent)
         SELECT id, ((:traceparent)::text[])[row_number() OVER (ORDER BY id)] FROM recorded),
     updated AS (
-        UPDATE rekening SET saldo = new.saldo
-        FROM unnest(:account, (:saldo)::bigint[]) AS new (account, saldo) WHERE no_rekening = account)
+        UPDATE rekening SET saldo = saldo_akhir
+        FROM (SELECT DISTINCT ON (no_rekening) * FROM recorded ORDER BY no_rekening, id DESC) AS last
+        WHERE rekening.no_rekening = last.no_rekening)
     SELECT id, tanggal_transaksi FROM recorded ORDER BY id""")
 
 
@@ -155,19 +155,16 @@ def _movement(row: Row[Any]) -> Movement:
     return Movement(command, row.saldo_akhir, row.id, row.tanggal_transaksi)
 
 
-def record(connection: Connection, movements: Sequence[Movement], balances: dict[str, int]) -> None:
+def record(connection: Connection, movements: Sequence[Movement]) -> None:
     """Write movements to balances, journal and outbox, and set their ids and times."""
-    commands = [m.command for m in movements]
-    accounts = list({c.no_rekening for c in commands})
+    commands = [movement.command for movement in movements]
     parameters = {
         "no_rekening": [c.no_rekening for c in commands],
         "jenis": [c.jenis_transaksi for c in commands],
         "nominal": [c.nominal for c in commands],
-        "saldo_akhir": [m.saldo_akhir for m in movements],
+        "saldo_akhir": [movement.saldo_akhir for movement in movements],
         "key": [c.idempotency_key for c in commands],
         "traceparent": [c.traceparent for c in commands],
-        "account": accounts,
-        "saldo": [balances[account] for account in accounts],
     }
     for movement, row in zip(movements, connection.execute(_RECORD, parameters), strict=True):
         movement.id_transaksi, movement.tanggal_transaksi = row
@@ -180,7 +177,7 @@ _COUNT_ATTEMPT = text("""
     RETURNING pin_hash, pin_gagal""")
 _FORGET_ATTEMPTS = text("""
     UPDATE kredensial SET pin_gagal = 0, terkunci_sampai = NULL
-    WHERE no_rekening = :account AND pin_gagal = :count""")
+    WHERE no_rekening = :account AND pin_gagal = :count RETURNING true""")
 
 
 def count_attempt(engine: Engine, account: str, limit: int, lock_minutes: int) -> Row[Any] | None:
@@ -188,19 +185,17 @@ def count_attempt(engine: Engine, account: str, limit: int, lock_minutes: int) -
 
     Returns pin_hash and the count (pin_gagal), None for an unknown or a locked account.
     """
-    parameters = {"account": account, "limit": limit, "lock_minutes": lock_minutes}
-    with engine.begin() as connection:
-        return connection.execute(_COUNT_ATTEMPT, parameters).one_or_none()
+    rows = _rows(engine, _COUNT_ATTEMPT, account=account, limit=limit, lock_minutes=lock_minutes)
+    return rows[0] if rows else None
 
 
 def forget_attempts(engine: Engine, account: str, count: int) -> None:
     """Set the count back to zero and unlock, unless another attempt was counted after this one."""
-    with engine.begin() as connection:
-        connection.execute(_FORGET_ATTEMPTS, {"account": account, "count": count})
+    _rows(engine, _FORGET_ATTEMPTS, account=account, count=count)
 
 
 _OUTBOX_AGE = text("""
-    SELECT extract(epoch FROM clock_timestamp() - tanggal_transaksi)::float8
+    SELECT extract(epoch FROM clock_timestamp() - tanggal_transaksi)::float8 AS age_s
     FROM transaksi WHERE id = (SELECT min(id_transaksi) FROM outbox)""")
 # ARRAY and LATERAL ... LIMIT 1 look up ids by the primary key under every plan, and never scan the journal.
 _MARK_LOST = text("""
@@ -208,7 +203,7 @@ _MARK_LOST = text("""
         UPDATE outbox SET dikirim_pada = clock_timestamp()
         WHERE id_transaksi = ANY (ARRAY(
             SELECT id_transaksi FROM outbox
-            WHERE dikirim_pada < clock_timestamp() - make_interval(secs => :after)
+            WHERE dikirim_pada < clock_timestamp() - make_interval(secs => :after_s)
             ORDER BY id_transaksi LIMIT :limit FOR UPDATE SKIP LOCKED))
         RETURNING id_transaksi, traceparent)
     SELECT journal.*, traceparent
@@ -218,11 +213,10 @@ _MARK_LOST = text("""
 
 def outbox_age(engine: Engine) -> float:
     """Age in seconds of the oldest movement that is not booked, 0 if all are."""
-    with engine.connect() as connection:
-        return connection.scalar(_OUTBOX_AGE) or 0.0
+    rows = _rows(engine, _OUTBOX_AGE)
+    return rows[0].age_s if rows else 0.0
 
 
 def mark_lost(engine: Engine, after_s: float, limit: int) -> list[Movement]:
     """Mark up to `limit` movements last sent over `after_s` seconds ago as sent now. Returns them."""
-    with engine.begin() as connection:
-        return [_movement(row) for row in connection.execute(_MARK_LOST, {"after": after_s, "limit": limit})]
+    return [_movement(row) for row in _rows(engine, _MARK_LOST, after_s=after_s, limit=limit)]

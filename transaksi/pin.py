@@ -7,7 +7,6 @@ guess at once, no more than the limit are compared.
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import logging
 import re
@@ -16,9 +15,7 @@ import secrets
 import bcrypt
 from cachetools import TTLCache
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
 
-from common.connections import describe
 from common.telemetry import masked
 from transaksi import datastore
 from transaksi.app import Refusal
@@ -32,14 +29,14 @@ CREDENTIALS = re.compile(rb"([0-9]{10,16}):([0-9]{6})")
 DUMMY_HASH = bcrypt.hashpw(secrets.token_bytes(16), bcrypt.gensalt(10)).decode()
 
 
-def parse(authorizations: list[bytes]) -> tuple[str, bytes]:
+def parse(authorizations: list[str]) -> tuple[str, bytes]:
     """Account number and PIN of the one Authorization header (RFC 7617). Raises `Refusal`."""
-    scheme, _, token = b"".join(authorizations[:1]).partition(b" ")
+    scheme, _, token = "".join(authorizations[:1]).partition(" ")
     try:
         match = CREDENTIALS.fullmatch(base64.b64decode(token.strip(), validate=True))
-    except binascii.Error:
+    except ValueError:
         match = None
-    if len(authorizations) != 1 or scheme.lower() != b"basic" or not match:
+    if len(authorizations) != 1 or scheme.lower() != "basic" or not match:
         raise Refusal("not_authenticated", "missing or malformed")
     return match[1].decode(), match[2]
 
@@ -56,10 +53,10 @@ class PinCheck:
         self._max_failures, self._lock_minutes = max_failures, lock_minutes
         self._key = secrets.token_bytes(32)
         self._remembered: TTLCache[bytes, bool] = TTLCache(MAX_REMEMBERED, ttl_s)
-        self._running: dict[bytes, asyncio.Task[Refusal | None]] = {}
+        self._running: dict[bytes, asyncio.Task[None]] = {}
 
     async def check(self, account: str, pin: bytes) -> None:
-        """Return if the PIN is the account's, raise `Refusal` otherwise."""
+        """Return if the PIN is the account's. Raises `Refusal`, or `DBAPIError` if the database is away."""
         # Keyed, so that no PIN is kept in memory; the colon keeps the two parts apart.
         secret = hashlib.blake2b(b"%s:%s" % (account.encode(), pin), key=self._key).digest()
         if secret in self._remembered:
@@ -67,21 +64,17 @@ class PinCheck:
         if secret not in self._running:
             if len(self._running) >= MAX_CHECKS:
                 raise Refusal("unavailable", "too many PIN checks")
-            self._running[secret] = asyncio.create_task(self._check(secret, account, pin))
-        if refusal := await asyncio.shield(self._running[secret]):  # equal checks share one
-            raise refusal
+            task = self._running[secret] = asyncio.create_task(self._check(secret, account, pin))
+            task.add_done_callback(asyncio.Task.exception)  # those who waited for it may be gone
+        await asyncio.shield(self._running[secret])  # equal checks share one
 
-    async def _check(self, secret: bytes, account: str, pin: bytes) -> Refusal | None:
+    async def _check(self, secret: bytes, account: str, pin: bytes) -> None:
         try:
-            reason = await self._database.run(self._compare, account, pin)
-        except DBAPIError as error:
-            return Refusal("unavailable", f"database: {describe(error)}")
+            if reason := await self._database.run(self._compare, account, pin):
+                raise Refusal("not_authenticated", reason)
+            self._remembered[secret] = True
         finally:
             del self._running[secret]
-        if reason:
-            return Refusal("not_authenticated", reason)
-        self._remembered[secret] = True
-        return None
 
     def _compare(self, engine: Engine, account: str, pin: bytes) -> str | None:
         """Why the PIN is refused, None if it is right. Costs one bcrypt in every case."""

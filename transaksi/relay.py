@@ -9,16 +9,11 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 from redis import Redis
-from redis.exceptions import RedisError
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
 
-from common.connections import Outage
 from common.telemetry import masked, message_span
 from transaksi import datastore
 from transaksi.app import Movement
@@ -29,10 +24,10 @@ log = logging.getLogger(__name__)
 STREAM = "mutasi"
 BATCH = 1000
 GATHER_S = 0.01  # larger batches cost fewer fsyncs, and fewer transactions in mutasi
+PAUSE_S = 1  # after a failure
 MAX_WAITING = 10_000
 
 
-@dataclass(eq=False)
 class Relay:
     """The relay of one process. `database` has one thread, which also talks to Redis.
 
@@ -40,58 +35,55 @@ class Relay:
     `resend_after_s` is sent again.
     """
 
-    database: Database
-    redis: Redis
-    max_stream: int
-    resend_after_s: int
-    waiting: deque[tuple[float, Movement]] = field(default_factory=deque)
-    work: asyncio.Task[None] | None = None
-    postgres: Outage = field(default_factory=lambda: Outage(log, "PostgreSQL"))
-    outage: Outage = field(default_factory=lambda: Outage(log, "Redis"))
-    alarm: int = logging.INFO
+    def __init__(self, database: Database, redis: Redis, max_stream: int, resend_after_s: int) -> None:
+        self._database, self._redis = database, redis
+        self._max_stream, self._resend_after_s = max_stream, resend_after_s
+        self._waiting: deque[tuple[float, Movement]] = deque()  # with the time of their commit
+        self._work: asyncio.Task[None] | None = None
+        self._alarm = logging.INFO
 
     def hand_over(self, movements: Sequence[Movement]) -> None:
         """Take committed movements; those for which there is no room stay in the outbox."""
         now = asyncio.get_running_loop().time()
-        self.waiting.extend((now, m) for m in movements[: MAX_WAITING - len(self.waiting)])
-        if self.waiting and (not self.work or self.work.done()):
-            self.work = asyncio.create_task(self._send_waiting())
+        self._waiting.extend((now, m) for m in movements[: MAX_WAITING - len(self._waiting)])
+        if self._waiting and (not self._work or self._work.done()):
+            self._work = asyncio.create_task(self._send_waiting())
 
     async def close(self) -> None:
         """Wait until all is sent, 1 s at most."""
-        if self.work:
-            await asyncio.wait([self.work], timeout=1)
+        if self._work:
+            await asyncio.wait([self._work], timeout=1)
 
     async def _send_waiting(self) -> None:
-        while self.waiting:
+        while self._waiting:
             await asyncio.sleep(GATHER_S)
-            batch = [self.waiting.popleft() for _ in range(min(BATCH, len(self.waiting)))]
+            batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
             # Older ones may have been sent again by `_resend` meanwhile.
-            since = asyncio.get_running_loop().time() - self.resend_after_s
-            await self.database.run(self._send, [m for handed_over, m in batch if handed_over > since])
+            since = asyncio.get_running_loop().time() - self._resend_after_s
+            if not await self._database.run(self._send, [m for committed, m in batch if committed > since]):
+                await asyncio.sleep(PAUSE_S)
 
     async def watch(self) -> None:
         """Look for lost movements every half of `resend_after_s`, until cancelled."""
         while True:
-            while await self.database.run(self._resend) == BATCH:
+            while await self._database.run(self._resend) == BATCH:
                 pass
-            await asyncio.sleep(self.resend_after_s / 2)
+            await asyncio.sleep(self._resend_after_s / 2)
 
-    def _send(self, _: Engine, movements: Sequence[Movement]) -> None:
-        """Add movements to the stream: all or none of them, with one fsync."""
+    def _send(self, _: Engine, movements: Sequence[Movement]) -> bool:
+        """Add movements to the stream, with one fsync: all, or none and false."""
         try:
-            if not movements or self.redis.xlen(STREAM) >= self.max_stream:
-                return
-            with ExitStack() as spans, self.redis.pipeline(transaction=True) as pipe:
+            if self._redis.xlen(STREAM) >= self._max_stream:
+                return False
+            with self._redis.pipeline(transaction=True) as pipe:
                 for movement in movements:
-                    pipe.xadd(STREAM, message(movement, spans))
+                    pipe.xadd(STREAM, message(movement))
                 pipe.execute()
-            self.outage.end()
-            log.debug("batch sent to the stream", extra={"count": len(movements)})
-        except RedisError as error:
-            self.outage.begin(error)
         except Exception:
-            log.exception("unexpected error")
+            log.exception("sending to the stream failed")
+            return False
+        log.debug("batch sent to the stream", extra={"count": len(movements)})
+        return True
 
     def _resend(self, engine: Engine) -> int:
         """Send up to `BATCH` lost movements again. Returns how many.
@@ -101,52 +93,44 @@ class Relay:
         waited for, and if sending fails, it is tried again later.
         """
         try:
-            behind_s = datastore.outbox_age(engine)
-            self.postgres.end()
-            self._report(behind_s)
+            self._watch_age(datastore.outbox_age(engine))
             length, age_s = self._stream()
-            if not behind_s:  # only an empty outbox proves that XADD works: a full Redis still answers reads
-                self.outage.end()
-            if length >= self.max_stream or age_s >= self.resend_after_s:
+            if length >= self._max_stream or age_s >= self._resend_after_s:
                 return 0
-            lost = datastore.mark_lost(engine, 2 * self.resend_after_s, BATCH)
-            if lost:
-                log.info("movements sent from the outbox", extra={"count": len(lost)})
-                self._send(engine, lost)
-            return len(lost)
-        except RedisError as error:
-            self.outage.begin(error)
-        except DBAPIError as error:
-            self.postgres.begin(error)
+            lost = datastore.mark_lost(engine, 2 * self._resend_after_s, BATCH)
         except Exception:
-            log.exception("unexpected error")
-        return 0
+            log.exception("looking for lost movements failed")
+            return 0
+        if not lost or not self._send(engine, lost):
+            return 0
+        log.info("movements sent from the outbox", extra={"count": len(lost)})
+        return len(lost)
 
     def _stream(self) -> tuple[int, float]:
         """The stream's length, and the age in seconds of its oldest entry, by Redis' own clock."""
-        with self.redis.pipeline(transaction=False) as pipe:
+        with self._redis.pipeline(transaction=False) as pipe:
             pipe.xlen(STREAM)
             pipe.xrange(STREAM, count=1)
             pipe.time()
             length, oldest, (now, _) = pipe.execute()
-        return length, now - int(oldest[0][0].split(b"-")[0]) / 1000 if oldest else 0.0
+        return length, now - int(oldest[0][0].split("-")[0]) / 1000 if oldest else 0.0
 
-    def _report(self, behind_s: float) -> None:
-        """Log once when the outbox falls behind, once when far behind, and once when it has caught up."""
+    def _watch_age(self, age_s: float) -> None:
+        """Log when the outbox falls behind, far behind, and when it has caught up: once each."""
         alarm, text = logging.INFO, "outbox has caught up"
-        if behind_s > 10 * self.resend_after_s:
+        if age_s > 10 * self._resend_after_s:
             alarm, text = logging.ERROR, "outbox is far behind"
-        elif behind_s > 3 * self.resend_after_s:
+        elif age_s > 3 * self._resend_after_s:
             alarm, text = logging.WARNING, "outbox is behind"
-        if alarm > self.alarm or alarm == logging.INFO < self.alarm:
-            log.log(alarm, text, extra={"age_s": round(behind_s)})
-            self.alarm = alarm
+        if alarm != self._alarm:
+            log.log(alarm, text, extra={"age_s": round(age_s)})
+            self._alarm = alarm
 
 
-def message(movement: Movement, spans: ExitStack) -> dict[Any, Any]:
-    """The stream entry of a movement. Its span, a child of the request's, ends with `spans`."""
+def message(movement: Movement) -> dict[Any, Any]:
+    """The stream entry of a movement, with a span that continues its request's trace."""
     command = movement.command
-    entry: dict[str, Any] = {
+    entry = {
         "id_transaksi": movement.id_transaksi,
         "no_rekening": command.no_rekening,
         "jenis_transaksi": command.jenis_transaksi,
@@ -155,5 +139,6 @@ def message(movement: Movement, spans: ExitStack) -> dict[Any, Any]:
     }
     if command.traceparent:
         facts = entry | {"no_rekening": masked(command.no_rekening)}
-        entry["traceparent"] = spans.enter_context(message_span("send", STREAM, command.traceparent, facts))
+        with message_span("send", STREAM, command.traceparent, facts) as traceparent:
+            entry["traceparent"] = traceparent
     return entry

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from common.connections import Outage, data_refused, describe
+from common.connections import data_refused, describe
 from transaksi import datastore
 from transaksi.app import Command, Movement, Refusal, Replay, Result, decide
 from transaksi.datastore import Database
@@ -35,7 +35,6 @@ class Teller:
     committed: Callable[[Sequence[Movement]], None]
     queue: deque[Ticket] = field(default_factory=deque)
     work: asyncio.Task[None] | None = None
-    postgres: Outage = field(default_factory=lambda: Outage(log, "PostgreSQL"))
 
     async def submit(self, command: Command) -> Movement | Replay:
         """Carry out a command. Raises `Refusal`.
@@ -56,7 +55,7 @@ class Teller:
             if not answer.cancelled():  # the answer came at the same moment
                 return answer.result()
             if ticket not in self.queue:
-                raise Refusal("unknown_outcome") from None
+                raise Refusal("unknown_outcome", "time limit") from None
             self.queue.remove(ticket)
             raise Refusal("unavailable", "still queued") from None
 
@@ -90,16 +89,12 @@ class Teller:
         except DBAPIError as error:  # before COMMIT was sent
             if error.connection_invalidated and retry:  # a stale connection of the pool
                 return self._settle(engine, commands, retry=False)
-            if not data_refused(error):
-                self.postgres.begin(error)
-            elif len(commands) > 1:
+            if data_refused(error) and len(commands) > 1:
                 return [self._settle(engine, [command])[0] for command in commands]
-            else:
-                log.error("command refused by the database", extra=describe(error))
-            return [Refusal("unavailable", "database") for _ in commands]
+            return [Refusal("unavailable", describe(error)) for _ in commands]
         except Exception:
             log.exception("unexpected error")
-            return [Refusal("unknown_outcome") for _ in commands]
+            return [Refusal("unknown_outcome", "unexpected error") for _ in commands]
 
     def _post(self, engine: Engine, commands: list[Command]) -> list[Result]:
         """Post a batch in one transaction. Raises `DBAPIError` if the database fails before COMMIT."""
@@ -109,11 +104,9 @@ class Teller:
             recorded = datastore.find_keys(connection, keys) if keys else {}
             results = decide(commands, balances, recorded)
             if movements := [result for result in results if isinstance(result, Movement)]:
-                datastore.record(connection, movements, balances)
+                datastore.record(connection, movements)
                 try:
                     connection.commit()
                 except DBAPIError as error:
-                    self.postgres.begin(error)
-                    return [Refusal("unknown_outcome") for _ in commands]
-        self.postgres.end()
-        return results
+                    return [Refusal("unknown_outcome", describe(error)) for _ in commands]
+            return results
