@@ -1,13 +1,20 @@
 """Connections to PostgreSQL and Redis: their time limits, and what is logged of their errors."""
 
+import asyncio
+import os
+import sys
 from argparse import Namespace
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import sqlalchemy
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy.exc import DBAPIError
+
+T = TypeVar("T")
 
 
 def open_postgres(
@@ -34,6 +41,25 @@ def open_postgres(
         hide_parameters=True,
         connect_args=address | secrets | limits | options,
     )
+
+
+class Database:
+    """An engine with its own threads, one connection each. Teller, relay, PIN checks and reads have one each.
+
+    `nice` gives the threads a low priority, on Linux, where niceness is a thread's own.
+    """
+
+    def __init__(self, settings: Namespace, threads: int, nice: int = 0, ping: bool = True) -> None:
+        limit_ms = settings.request_timeout * 1000
+        limits = {"statement_timeout": limit_ms, "idle_in_transaction_session_timeout": 2 * limit_ms}
+        self._engine = open_postgres(settings, threads, ping, lock_timeout=limit_ms // 2, **limits)
+        lower = (lambda: os.nice(nice)) if sys.platform == "linux" else None
+        self._executor = ThreadPoolExecutor(threads, initializer=lower)
+
+    def run(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        """Start `function(engine, *arguments)` in a thread."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._executor, function, self._engine, *arguments)
 
 
 def open_redis(settings: Namespace) -> Redis:

@@ -14,10 +14,9 @@ from fastapi_offline import FastAPIOffline
 from uvicorn.supervisors import Multiprocess
 
 from common.config import read_settings, whole
-from common.connections import open_redis
+from common.connections import Database, open_redis
 from common.telemetry import flush
 from transaksi.api import routes
-from transaksi.datastore import Database
 from transaksi.middleware import HANDLERS, OPEN_PATHS, Gate
 from transaksi.pin import PinCheck
 from transaksi.relay import Relay

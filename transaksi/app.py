@@ -64,11 +64,7 @@ REFUSALS = {  # HTTP status, and the remark for the customer
     # not carried out: may be repeated
     "unavailable": (503, "Layanan sedang tidak tersedia, silakan coba lagi."),
     # may or may not have been carried out
-    "unknown_outcome": (
-        503,
-        "Hasil transaksi belum dapat dipastikan; ulangi dengan Idempotency-Key yang sama, "
-        "atau periksa saldo dan mutasi dahulu bila tidak memakainya.",
-    ),
+    "unknown_outcome": (503, "Hasil belum pasti: ulangi dengan Idempotency-Key yang sama, atau cek mutasi."),
 }
 HEADERS = {
     "not_authenticated": {"WWW-Authenticate": 'Basic realm="transaksi", charset="UTF-8"'},  # RFC 7617

@@ -4,43 +4,15 @@ Reads use the mapped classes. The statements of the hot path are SQL, many rows 
 would cost twice as much.
 """
 
-import asyncio
-import os
-import sys
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from sqlalchemy import BigInteger, Connection, Engine, Executable, ForeignKey, Row, Text, func, select, text
 from sqlalchemy.dialects.postgresql import ENUM, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from common.connections import open_postgres
 from transaksi.app import Command, JenisTransaksi, Key, Movement
-
-T = TypeVar("T")
-
-
-class Database:
-    """An engine with its own threads, one connection each. Teller, relay, PIN checks and reads have one each.
-
-    `nice` gives the threads a low priority, on Linux, where niceness is a thread's own.
-    """
-
-    def __init__(self, settings: Namespace, threads: int, nice: int = 0, ping: bool = True) -> None:
-        limit_ms = settings.request_timeout * 1000
-        limits = {"statement_timeout": limit_ms, "idle_in_transaction_session_timeout": 2 * limit_ms}
-        self._engine = open_postgres(settings, threads, ping, lock_timeout=limit_ms // 2, **limits)
-        lower = partial(os.nice, nice) if nice and sys.platform == "linux" else None
-        self._executor = ThreadPoolExecutor(threads, initializer=lower)
-
-    def run(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        """Start `function(engine, *arguments)` in a thread."""
-        loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._executor, function, self._engine, *arguments)
 
 
 class Base(DeclarativeBase):

@@ -16,10 +16,10 @@ import bcrypt
 from cachetools import TTLCache
 from sqlalchemy import Engine
 
+from common.connections import Database
 from common.telemetry import masked
 from transaksi import datastore
 from transaksi.app import Refusal
-from transaksi.datastore import Database
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from typing import Any
 from redis import Redis
 from sqlalchemy import Engine
 
+from common.connections import Database
 from common.telemetry import masked, message_span
 from transaksi import datastore
 from transaksi.app import Movement
-from transaksi.datastore import Database
 
 log = logging.getLogger(__name__)
 

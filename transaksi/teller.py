@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from common.connections import data_refused, describe
+from common.connections import Database, data_refused, describe
 from transaksi import datastore
 from transaksi.app import Command, Movement, Refusal, Replay, Result, decide
-from transaksi.datastore import Database
 
 log = logging.getLogger(__name__)
 
