@@ -47,9 +47,8 @@ class Gate:
             return
         arrived = time.monotonic()
         is_open = scope["path"] in OPEN_PATHS
-        context = scope["context"] = {
-            "path": re.sub("[0-9]{6,}", "*", scope["path"][:100])
-        }  # no account, no PIN
+        path = re.sub("[0-9]{6,}", "*", scope["path"][:100])  # no account number, no PIN
+        context = scope["context"] = {"path": path}
 
         async def respond(message: Message) -> None:
             if message["type"] == "http.response.start":
