@@ -51,8 +51,8 @@ CREATE TABLE outbox (
     traceparent  text  -- W3C Trace Context of the request, so that its trace goes on in the stream
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- small, much written
 
--- The mutation book, written by service mutasi alone. A message that came before is in the primary key: it is
--- ignored. One that says anything else than the journal, the reference refuses.
+-- The mutation book, written by service mutasi alone. A repeated message is in the primary key already, and is
+-- ignored. The foreign key refuses a message that differs from the journal.
 CREATE TABLE mutasi (
     id_transaksi      bigint NOT NULL,
     no_rekening       text NOT NULL,
@@ -67,27 +67,27 @@ CREATE TABLE mutasi (
 CREATE INDEX mutasi_no_rekening ON mutasi (no_rekening, id_transaksi);
 
 -- Booking takes a movement out of the outbox, in the same transaction.
-CREATE FUNCTION hapus_dari_outbox() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+CREATE FUNCTION delete_from_outbox() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     -- ARRAY: looks up each id by index under every plan
-    DELETE FROM public.outbox WHERE id_transaksi = ANY (ARRAY(SELECT id_transaksi FROM baru));
+    DELETE FROM public.outbox WHERE id_transaksi = ANY (ARRAY(SELECT id_transaksi FROM inserted));
     RETURN NULL;
 END $$;
-REVOKE EXECUTE ON FUNCTION hapus_dari_outbox FROM PUBLIC;
-CREATE TRIGGER hapus_dari_outbox AFTER INSERT ON mutasi REFERENCING NEW TABLE AS baru
-    FOR EACH STATEMENT EXECUTE FUNCTION hapus_dari_outbox();
+REVOKE EXECUTE ON FUNCTION delete_from_outbox FROM PUBLIC;
+CREATE TRIGGER delete_from_outbox AFTER INSERT ON mutasi REFERENCING NEW TABLE AS inserted
+    FOR EACH STATEMENT EXECUTE FUNCTION delete_from_outbox();
 
 -- Append-only, also for the owner.
-CREATE FUNCTION tolak_perubahan() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RAISE EXCEPTION '% on % refused: it is append-only', TG_OP, TG_TABLE_NAME
         USING ERRCODE = 'feature_not_supported';
 END $$;
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON transaksi
-    FOR EACH STATEMENT EXECUTE FUNCTION tolak_perubahan();
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON mutasi
-    FOR EACH STATEMENT EXECUTE FUNCTION tolak_perubahan();
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 
 -- Per account: balance = journal = mutation book. Both differences are zero once the outbox is empty.
 CREATE VIEW audit_saldo AS
@@ -102,8 +102,8 @@ GROUP BY r.no_rekening, r.saldo;
 
 -- Each service may do just what its statements need, and nothing in the server's other databases.
 REVOKE ALL ON DATABASE postgres, template1 FROM PUBLIC;
-DO $$ BEGIN EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database()); END $$;
-DO $$ BEGIN EXECUTE format('GRANT CONNECT ON DATABASE %I TO transaksi, mutasi', current_database()); END $$;
+REVOKE ALL ON DATABASE :"DBNAME" FROM PUBLIC;
+GRANT CONNECT ON DATABASE :"DBNAME" TO transaksi, mutasi;
 GRANT SELECT (no_rekening, saldo), UPDATE (saldo) ON rekening TO transaksi;
 GRANT SELECT, UPDATE (pin_gagal, terkunci_sampai) ON kredensial TO transaksi;
 GRANT SELECT, INSERT (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key)
@@ -118,14 +118,14 @@ CREATE FUNCTION buka_rekening(no_rekening text, nama text, pin_hash text, setora
 LANGUAGE sql AS $$
     INSERT INTO rekening (no_rekening, nama, saldo) VALUES ($1, $2, $4);
     INSERT INTO kredensial (no_rekening, pin_hash) VALUES ($1, $3);
-    WITH pembukaan AS (
+    WITH opening AS (
         INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir)
         SELECT $1, 'tabung', $4, $4 WHERE $4 > 0 RETURNING id)
-    INSERT INTO outbox (id_transaksi, dikirim_pada) SELECT id, '-infinity' FROM pembukaan;  -- never sent
+    INSERT INTO outbox (id_transaksi, dikirim_pada) SELECT id, '-infinity' FROM opening;  -- never sent
 $$;
 REVOKE EXECUTE ON FUNCTION buka_rekening FROM PUBLIC;
 
--- Demo accounts, PINs 123456, 234567 and 345678: delete from here to COMMIT before a real first start.
+-- Demo accounts, PINs 123456, 234567 and 345678: delete this statement before a real first start.
 SELECT buka_rekening('1234567890', 'Budi Santoso', '$2b$10$CxlNcIK8q19til.lbenvnuJlfS/0p3G3DAT5tMDHzVeYB1zUfq8aW', 1000000),
        buka_rekening('2345678901', 'Siti Aminah', '$2b$10$1Vgkzk4yNy9ohKWnq3BDiebo2Rb.r2KXmc3ml7YjYKA1ZgIVsnC/O', 500000),
        buka_rekening('3456789012', 'Agus Wijaya', '$2b$10$MNf84MejADa/4tBTNujQi.L280AGs5v1gacmbZp2mT88opVSHquDK', 0);

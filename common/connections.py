@@ -63,7 +63,7 @@ class Database:
 
 
 def open_redis(settings: Namespace) -> Redis:
-    """Make a client that gives up after 2 s and does not retry. It also reads texts that are not Unicode."""
+    """Make a client that gives up after 2 s and does not retry."""
     return Redis(
         settings.redis_host,
         settings.redis_port,
@@ -71,8 +71,6 @@ def open_redis(settings: Namespace) -> Redis:
         socket_timeout=2,
         socket_connect_timeout=2,
         retry=Retry(NoBackoff(), 0),
-        decode_responses=True,
-        encoding_errors="surrogateescape",
     )
 
 

@@ -1,16 +1,15 @@
 """Start service mutasi: arguments, wiring, then the loop."""
 
 import logging
-import os
 import signal
 import tempfile
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, NoReturn
+from typing import Any
 
 from common.config import read_settings, whole
 from common.connections import open_postgres, open_redis
-from common.telemetry import flush
+from common.telemetry import end_process
 from mutasi.api import consume
 from mutasi.datastore import Stream
 
@@ -36,7 +35,7 @@ def main() -> None:
     stopping.set()
     thread.join(2)
     log.info("stopped")
-    end(0)
+    end_process()
 
 
 def run(*loop: Any) -> None:
@@ -45,13 +44,7 @@ def run(*loop: Any) -> None:
         consume(*loop)
     except Exception:
         log.critical("died", exc_info=True)
-        end(1)
-
-
-def end(status: int) -> NoReturn:
-    """End the process. Python's own exit would wait for a reader of stdout that has stopped."""
-    flush()
-    os._exit(status)
+        end_process(1)
 
 
 if __name__ == "__main__":

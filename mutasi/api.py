@@ -15,22 +15,22 @@ from mutasi.datastore import Stream
 log = logging.getLogger(__name__)
 
 FORM = {
-    "id_transaksi": r"\d{1,18}",
-    "tanggal_transaksi": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)",  # RFC 3339
-    "no_rekening": r"\d{10,16}",
-    "jenis_transaksi": "tabung|tarik",
-    "nominal": r"\d{1,13}",
-    "traceparent": "[0-9a-f-]{0,100}",  # only of a traced movement
+    b"id_transaksi": rb"\d{1,18}",
+    b"tanggal_transaksi": rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)",  # RFC 3339
+    b"no_rekening": rb"\d{10,16}",
+    b"jenis_transaksi": b"tabung|tarik",
+    b"nominal": rb"\d{1,13}",
+    b"traceparent": b"[0-9a-f-]{0,100}",  # only of a traced movement
 }
 
 
-def flaw(fields: dict[str, str]) -> str | None:
+def flaw(fields: dict[bytes, bytes]) -> str | None:
     """What is wrong with the form of a message; None if nothing is."""
     if unknown := fields.keys() - FORM.keys():
         return f"{len(unknown)} unknown field(s)"
     for name, form in FORM.items():
-        if not re.fullmatch(form, fields.get(name, ""), re.ASCII):
-            return f"{name} is missing or not valid"
+        if not re.fullmatch(form, fields.get(name, b"")):
+            return f"{name.decode()} is missing or not valid"
     return None
 
 
@@ -46,14 +46,14 @@ def consume(engine: Engine, stream: Stream, batch_size: int, stopping: Event, al
             process_batch(engine, stream, batch_size)
             pause_s = 0.0
         except (DBAPIError, RedisError):
-            log.exception("storing failed")
+            log.exception("processing failed")
             pause_s = min(pause_s + 0.25, 5.0)
 
 
 def process_batch(engine: Engine, stream: Stream, batch_size: int) -> None:
     """Read a batch, store its good messages, then set the bad ones aside.
 
-    In this order: a Redis that is full takes no dead letters until stored messages are deleted.
+    In this order, since in a full Redis only the deletion of stored messages makes room for dead letters.
     """
     messages = [Message(*entry) for entry in stream.read(batch_size)]
     bad = [(message, reason) for message in messages if (reason := flaw(message.fields))]

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class Message(NamedTuple):
     """A stream entry: its id, and its fields as they came."""
 
-    entry: str
-    fields: dict[str, str]
+    entry: bytes
+    fields: dict[bytes, bytes]
 
 
 def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> list[tuple[Message, str]]:
@@ -43,7 +43,7 @@ def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> list[t
     if len(messages) > len(stored):
         log.warning("duplicate messages ignored", extra={"count": len(messages) - len(stored)})
     for message in messages:
-        if (id_transaksi := int(message.fields["id_transaksi"])) in stored:
+        if (id_transaksi := int(message.fields[b"id_transaksi"])) in stored:
             stored.remove(id_transaksi)  # the batch may have it twice
             _report(message, started_ns)
     stream.delete([message.entry for message in messages])
@@ -55,12 +55,12 @@ def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> list[t
 def set_aside(stream: Stream, message: Message, reason: str) -> None:
     """Move a bad message to the dead letters."""
     stream.set_aside(*message, reason)
-    log.error("message moved to dead letters", extra={"entry": message.entry, "reason": reason})
+    log.error("message moved to dead letters", extra={"entry": message.entry.decode(), "reason": reason})
 
 
 def _report(message: Message, started_ns: int) -> None:
     """Log a stored movement, in its request's trace if it has one."""
-    fields = message.fields
+    fields = {name.decode(): value.decode() for name, value in message.fields.items()}
     context = {
         "id_transaksi": int(fields["id_transaksi"]),
         "no_rekening": masked(fields["no_rekening"]),

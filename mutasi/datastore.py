@@ -20,10 +20,11 @@ _INSERT = text("""
     ON CONFLICT DO NOTHING RETURNING id_transaksi""")
 
 
-def insert_mutations(engine: Engine, messages: Sequence[dict[str, str]]) -> set[int]:
+def insert_mutations(engine: Engine, messages: Sequence[dict[bytes, bytes]]) -> set[int]:
     """Store movements in one transaction. Returns the ids of those that were not stored before."""
+    rows = [{name.decode(): value.decode() for name, value in fields.items()} for fields in messages]
     with engine.begin() as connection:
-        return set(connection.scalars(_INSERT, {"messages": json.dumps(messages)}))
+        return set(connection.scalars(_INSERT, {"messages": json.dumps(rows)}))
 
 
 class Stream:
@@ -32,24 +33,19 @@ class Stream:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    def read(self, count: int) -> list[tuple[str, dict[str, str]]]:
+    def read(self, count: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
         """Up to `count` of the oldest entries, id and fields; waits half a second for the first."""
         # Always from 0: an entry that failed before would otherwise never be read again.
         reply: Any = self._redis.xread({STREAM: 0}, count=count, block=BLOCK_MS)
         return [entry for _, entries in reply for entry in entries]
 
-    def delete(self, entries: Sequence[str]) -> None:
+    def delete(self, entries: Sequence[bytes]) -> None:
         """Delete entries once their movements are stored."""
         self._redis.xdel(STREAM, *entries)
 
-    def set_aside(self, entry: str, fields: dict[str, str], reason: str) -> None:
+    def set_aside(self, entry: bytes, fields: dict[bytes, bytes], reason: str) -> None:
         """Move an entry to the dead letters, with the reason: both or neither."""
-        texts = fields | {"reason": reason, "entry": entry}
-        # Encoded here, since hiredis refuses what is not Unicode: see `open_redis`.
-        letter: Any = {
-            name.encode(errors="surrogateescape"): text.encode(errors="surrogateescape")
-            for name, text in texts.items()
-        }
+        letter: dict[Any, Any] = fields | {b"reason": reason, b"entry": entry}
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.xadd(DEAD_LETTER, letter, maxlen=MAX_DEAD_LETTERS)
             pipe.xdel(STREAM, entry)

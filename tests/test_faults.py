@@ -327,7 +327,7 @@ def test_postgresql_that_hangs_delays_no_answer_and_no_exit(bank: Bank) -> None:
 
 
 def test_redis_away_or_hung_fails_no_movement(bank: Bank) -> None:
-    told = {bank.transaksi: "sending to the stream failed", bank.mutasi: "storing failed"}
+    told = {bank.transaksi: "sending to the stream failed", bank.mutasi: "processing failed"}
     with bank.load() as load:
         for fault, error in ((away, "ConnectionError: "), (hung, "TimeoutError: ")):
             load.wait()
@@ -437,7 +437,7 @@ def test_what_an_operator_can_mend_is_no_poison(bank: Bank) -> None:
     bank.send(bank.deposits(10))
     complaint = "permission denied for table mutasi"
     eventually(lambda: bank.sql.server.log.read_text().count(complaint) >= 3)  # it is retried
-    line = log_lines(bank.mutasi, "storing failed")[0]
+    line = log_lines(bank.mutasi, "processing failed")[0]
     assert (line["level"], line["exception"]) == ("ERROR", "InsufficientPrivilege 42501")
     bank.stream.acl_setuser("default", enabled=True, commands=["-xdel"])
     bank.sql("GRANT INSERT ON mutasi TO mutasi")

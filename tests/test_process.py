@@ -127,7 +127,7 @@ def test_servers_may_come_late(servers: Servers, monkeypatch: pytest.MonkeyPatch
     servers.redis.stop()
     with running(*both), running(*never):
         for service in (*both, *never):
-            eventually(partial(log_lines, service, "looking for lost movements failed|storing failed"))
+            eventually(partial(log_lines, service, "looking for lost movements failed|processing failed"))
         servers.postgres.start()
         servers.redis.start()
         with closing(Customer(transaksi.url, servers.database.open_account())) as ani:
@@ -141,7 +141,7 @@ def test_redis_without_password(servers: Servers) -> None:
     with Redis(servers.directory / "open", None, "--requirepass", "") as server:
         mutasi = Servers(servers.directory, servers.postgres, server).service("mutasi")
         with running(mutasi):
-            assert not log_lines(mutasi, "storing failed")
+            assert not log_lines(mutasi, "processing failed")
 
 
 def test_workers_and_log_level(servers: Servers, customer: Customers) -> None:

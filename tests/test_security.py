@@ -233,7 +233,7 @@ def test_text_of_database_errors_is_told_nowhere(bank: Bank, table: str, sqlstat
         CREATE TRIGGER uji BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION uji()""")
     with closing(Customer(bank.transaksi.url, account)) as customer:
         answer = customer.deposit(1)
-        eventually(lambda: re.search('"status": ?503|storing failed|dead letters', told()))
+        eventually(lambda: re.search('"status": ?503|processing failed|dead letters', told()))
         bank.database("DROP FUNCTION uji() CASCADE")
         assert answer.status_code == (200 if table == "mutasi" else 503)
         eventually(lambda: customer.deposit(1).status_code == 200)  # no lasting harm

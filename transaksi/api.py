@@ -7,10 +7,11 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Security
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBasic
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -104,7 +105,7 @@ DOCUMENT: dict[str, Any] = {
 
 @movements.post("/tabung", response_model=Balance, openapi_extra=DOCUMENT)
 async def tabung(request: Request) -> Response:
-    """Deposit. The same Idempotency-Key again gets the first answer, with Idempotent-Replayed: true.
+    """Deposit. The key of an accepted movement gets its answer again, with Idempotent-Replayed: true.
 
     503 with Retry-After: not carried out. Without: outcome unknown, repeat with the same key.
     """
@@ -120,7 +121,10 @@ async def tarik(request: Request) -> Response:
 async def move(request: Request, jenis_transaksi: JenisTransaksi) -> Response:
     """Carry out the deposit or withdrawal that the request asks for."""
     context = request.scope["context"]
-    payload = MovementRequest.model_validate_json(await read_body(request))
+    try:
+        payload = MovementRequest.model_validate_json(await read_body(request))
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
     keys = request.headers.getlist("idempotency-key")
     if len(keys) > 1 or not all(re.fullmatch(KEY, key) for key in keys):
         raise Refusal("Idempotency-Key")

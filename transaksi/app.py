@@ -37,7 +37,7 @@ class Movement:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A command whose idempotency key has made the movement `first` already: nothing moves."""
+    """A repeated command: its idempotency key has made the movement `first` already. Nothing moves."""
 
     first: Movement
 

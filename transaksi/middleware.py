@@ -10,7 +10,6 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from opentelemetry import trace
-from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -23,7 +22,7 @@ from transaksi.pin import PinCheck, parse
 
 log = logging.getLogger(__name__)
 
-# No refusal of credentials comes earlier: its time must not tell its cause. 0.3 s, and the timer's precision.
+# A 401 is never sent earlier, so that its time does not tell its cause. 0.3 s, and the timer's precision.
 MIN_401_S = 0.302
 SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
 OPEN_PATHS = {"/health", "/docs", "/openapi.json", *(f"/static-offline-docs/{name}" for name in SWAGGER)}
@@ -101,14 +100,10 @@ async def on_http_exception(_: Request, error: HTTPException) -> Response:
     raise Refusal(str(error.status_code), headers=error.headers)
 
 
-async def on_invalid(_: Request, error: ValidationError | RequestValidationError) -> Response:
+async def on_invalid(_: Request, error: RequestValidationError) -> Response:
     """Turn a malformed payload or query into the refusal of its first wrong field."""
     fields = [str(part) for problem in error.errors() for part in problem["loc"]]
     raise Refusal(next((field for field in fields if field in REFUSALS), "not_json"))
 
 
-HANDLERS: Any = {
-    HTTPException: on_http_exception,
-    ValidationError: on_invalid,
-    RequestValidationError: on_invalid,
-}
+HANDLERS: Any = {HTTPException: on_http_exception, RequestValidationError: on_invalid}

@@ -7,13 +7,13 @@ MAX_PIPELINED = 16
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Bounds heads and pipelines, and answers no request with the parser's error for another."""
+    """Bounds heads and pipelines. Keeps what follows a request from changing its meaning or its answer."""
 
     unparsed = 0  # bytes since the last whole head or piece of a payload
     upgraded = False
 
     def data_received(self, data: bytes) -> None:
-        if self.upgraded:  # this is the payload of a request that was parsed without it
+        if self.upgraded:  # the payload of a request that was parsed without it, not the next request
             return
         self.unparsed += len(data)
         super().data_received(data)
@@ -33,7 +33,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:
-        if self.cycle and not self.cycle.response_complete:  # it would be taken for this request's answer
+        if self.cycle and not self.cycle.response_complete:  # this would be taken for its answer
             self.transport.close()
         else:
             super().send_400_response(msg)

@@ -38,7 +38,7 @@ class Relay:
     def __init__(self, database: Database, redis: Redis, max_stream: int, resend_after_s: int) -> None:
         self._database, self._redis = database, redis
         self._max_stream, self._resend_after_s = max_stream, resend_after_s
-        self._waiting: deque[tuple[float, Movement]] = deque()  # with the time of their commit
+        self._waiting: deque[tuple[float, Movement]] = deque()  # with the time of the handing over
         self._work: asyncio.Task[None] | None = None
         self._alarm = logging.INFO
 
@@ -60,7 +60,9 @@ class Relay:
             batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
             # Older ones may have been sent again by `_resend` meanwhile.
             since = asyncio.get_running_loop().time() - self._resend_after_s
-            if not await self._database.run(self._send, [m for committed, m in batch if committed > since]):
+            if not await self._database.run(
+                self._send, [m for handed_over, m in batch if handed_over > since]
+            ):
                 await asyncio.sleep(PAUSE_S)
 
     async def watch(self) -> None:
@@ -71,7 +73,7 @@ class Relay:
             await asyncio.sleep(self._resend_after_s / 2)
 
     def _send(self, _: Engine, movements: Sequence[Movement]) -> bool:
-        """Add movements to the stream, with one fsync: all, or none and false."""
+        """Add movements to the stream, all or none, with one fsync. Returns false after a failure."""
         try:
             if self._redis.xlen(STREAM) >= self._max_stream:
                 return False
@@ -94,8 +96,9 @@ class Relay:
         """
         try:
             self._watch_age(datastore.outbox_age(engine))
-            length, age_s = self._stream()
-            if length >= self._max_stream or age_s >= self._resend_after_s:
+            now_s, _ = self._redis.time()  # ids of entries begin with their time, by Redis' clock
+            late = self._redis.xrange(STREAM, max=(now_s - self._resend_after_s) * 1000, count=1)
+            if late or self._redis.xlen(STREAM) >= self._max_stream:
                 return 0
             lost = datastore.mark_lost(engine, 2 * self._resend_after_s, BATCH)
         except Exception:
@@ -105,15 +108,6 @@ class Relay:
             return 0
         log.info("movements sent from the outbox", extra={"count": len(lost)})
         return len(lost)
-
-    def _stream(self) -> tuple[int, float]:
-        """The stream's length, and the age in seconds of its oldest entry, by Redis' own clock."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            pipe.xlen(STREAM)
-            pipe.xrange(STREAM, count=1)
-            pipe.time()
-            length, oldest, (now, _) = pipe.execute()
-        return length, now - int(oldest[0][0].split("-")[0]) / 1000 if oldest else 0.0
 
     def _watch_age(self, age_s: float) -> None:
         """Log when the outbox falls behind, far behind, and when it has caught up: once each."""

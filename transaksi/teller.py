@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 512
 
-Ticket = tuple[asyncio.Future[Movement | Replay], Command]  # where the answer is awaited, and to what
+Ticket = tuple[asyncio.Future[Movement | Replay], Command]  # the answer that its caller awaits, the command
 
 
 @dataclass(eq=False)
@@ -89,7 +89,8 @@ class Teller:
             if error.connection_invalidated and retry:  # a stale connection of the pool
                 return self._settle(engine, commands, retry=False)
             if data_refused(error) and len(commands) > 1:
-                return [self._settle(engine, [command])[0] for command in commands]
+                middle = len(commands) // 2  # so that only the refused one fails
+                return self._settle(engine, commands[:middle]) + self._settle(engine, commands[middle:])
             return [Refusal("unavailable", describe(error)) for _ in commands]
         except Exception:
             log.exception("unexpected error")
