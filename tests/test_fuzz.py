@@ -8,7 +8,6 @@ import pytest
 
 from conftest import PIN, Database
 
-EXAMPLES = 300
 CONFIG = """
 [generation]
 allow-extra-parameters = false  # an unknown query parameter is ignored
@@ -24,14 +23,12 @@ own = {{ values = ["{no_rekening}"] }}
 @pytest.mark.long
 def test_answer_to_any_request_is_documented(url: str, database: Database, tmp_path: Path) -> None:
     no_rekening = database.open_account(10**9)
-    config = tmp_path / "schemathesis.toml"
-    config.write_text(CONFIG.format(no_rekening=no_rekening))
-    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"]
-    command += [f"{url}/openapi.json", "--checks", "all", "--auth", f"{no_rekening}:{PIN}", "--no-color"]
-    command += ["--max-examples", str(EXAMPLES), "--generation-database", "none", "--workers", "8"]
+    (tmp_path / "schemathesis.toml").write_text(CONFIG.format(no_rekening=no_rekening))
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", "all"]
+    command += ["--auth", f"{no_rekening}:{PIN}", "--max-examples", "300", "--workers", "8", "--no-color"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     # Not all was refused: money has moved, and adds up.
-    ((count,),) = database("SELECT count(*) FROM transaksi WHERE no_rekening = %s", no_rekening)
-    assert count > EXAMPLES / 10
+    moved = "SELECT count(*) FROM transaksi WHERE no_rekening = %s"
+    assert database(moved, no_rekening)[0][0] > 30
     database.audit()
