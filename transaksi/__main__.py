@@ -33,7 +33,7 @@ OPTIONS = (
     ("--lock-minutes", 15, whole(1, 10**4), "minutes an account stays locked"),
     ("--request-timeout", 5, whole(1, 60), "seconds after which a request is answered at the latest"),
     ("--max-queue", 1000, whole(1, 10**5), "requests that may wait in a process; the surplus gets 503"),
-    ("--max-stream", 10**5, whole(1, 10**7), "stream entries past which movements wait in PostgreSQL"),
+    ("--max-stream", 10**5, whole(1, 10**7), "stream entries; above this, movements wait in PostgreSQL"),
     ("--resend-after", 10, whole(1, 3600), "seconds; what is not booked after twice as many is sent again"),
 )
 TRACES_ONLY = {"operation_spans": False, "metrics": False, "logs": False}

@@ -184,7 +184,7 @@ async def ask_health(request: Request) -> dict[str, str]:
     """Whether PostgreSQL answers. Redis does not matter: movements wait for it in PostgreSQL."""
     state = request.app.state
     if not state.health or state.health.done():  # concurrent callers share one question
-        state.health = state.reads.run(lambda engine: engine.connect().close())
+        state.health = state.reads.run(lambda engine: engine.connect().close())  # the pool pings
     done, _ = await asyncio.wait([state.health], timeout=2)
     if not done or state.health.exception():
         raise Refusal("unavailable", "PostgreSQL does not answer")

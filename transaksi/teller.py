@@ -79,7 +79,8 @@ class Teller:
                 else:
                     answer.set_result(result)
             self.committed([result for result in results if isinstance(result, Movement)])
-            batch, results = taken, await posting if posting else []
+            batch = taken
+            results = await posting if posting else []
 
     def _settle(self, engine: Engine, commands: list[Command], retry: bool = True) -> list[Result]:
         """One result per command, whatever the database does."""
