@@ -79,7 +79,7 @@ class Refusal(Exception):
         super().__init__(name)
         self.status, self.remark = REFUSALS[name]
         self.headers = headers or HEADERS.get(name)
-        self.reason = reason
+        self.reason = reason or name
 
 
 Key = tuple[str, str]  # account, idempotency key
