@@ -95,15 +95,12 @@ class Gate:
         return account
 
 
-async def on_http_exception(_: Request, error: HTTPException) -> Response:
-    """Turn the router's 404 and 405 into refusals."""
-    raise Refusal(str(error.status_code), headers=error.headers)
-
-
-async def on_invalid(_: Request, error: RequestValidationError) -> Response:
-    """Turn a malformed payload or query into the refusal of its first wrong field."""
+async def refuse(_: Request, error: HTTPException | RequestValidationError) -> Response:
+    """Turn FastAPI's own errors into refusals: 404, 405, and a malformed payload or query."""
+    if isinstance(error, HTTPException):
+        raise Refusal(str(error.status_code), headers=error.headers)
     fields = [str(part) for problem in error.errors() for part in problem["loc"]]
     raise Refusal(next((field for field in fields if field in REFUSALS), "not_json"))
 
 
-HANDLERS: Any = {HTTPException: on_http_exception, RequestValidationError: on_invalid}
+HANDLERS: Any = dict.fromkeys((HTTPException, RequestValidationError), refuse)
