@@ -231,7 +231,7 @@ def test_two_instances_serve_64_clients_and_stop_in_good_order_under_load(bank: 
     workers = bank.service("transaksi", "--workers", "2", *PATIENT)
     with workers, bank.service("mutasi", "--batch-size", "7"):
         with bank.load(bank.transaksi, workers, connections=64) as load:
-            load.wait(500)
+            load.wait(1500)
             assert [bank.transaksi.stop(timeout=8), workers.stop(timeout=8)] == [0, 0]
         assert load.statuses().keys() <= {200, None}
         assert bank.journal().keys().isdisjoint(r.key for r in load.sent if r.unknown)
