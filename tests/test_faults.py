@@ -441,6 +441,7 @@ def test_bad_and_forged_messages_are_set_aside_and_the_true_ones_booked(bank: Ba
             "nominal": b"999999",
         },
     }
+    bank.sql.audit()  # nothing is waiting
     with hung(bank.mutasi):
         with bank.load() as load:
             load.wait(count)
@@ -464,6 +465,8 @@ def test_bad_and_forged_messages_are_set_aside_and_the_true_ones_booked(bank: Ba
     bank.sql.audit(60)
     bank.send(bank.deposits(1))
     bank.sql.audit()
+    stored = [line["id_transaksi"] for line in log_lines(bank.mutasi, "mutation stored")]
+    assert len(stored) == len({*stored}) > len(true)
     bank.stream.xadd(STREAM, bad[-1][0])  # once more, after the true one
     eventually(lambda: bank.stream.xlen(DEAD_LETTER) == len(bad) + 1)
     letters = [fields for _, fields in bank.stream.xrange(DEAD_LETTER)]
