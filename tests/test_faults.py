@@ -414,10 +414,12 @@ def test_what_an_operator_can_mend_is_no_poison(bank: Bank) -> None:
     bank.send(bank.deposits(10))
     eventually(lambda: len(log_lines(bank.mutasi, "processing failed")) >= 2)  # it is retried
     assert log_lines(bank.mutasi, "processing failed")[0]["exception"] == "InsufficientPrivilege 42501"
+    bank.stream.xadd(STREAM, bank.stream.xrange(STREAM)[0][1])  # a movement twice in a batch
     bank.stream.acl_setuser("default", enabled=True, commands=["-xdel"])
     bank.sql("GRANT INSERT ON mutasi TO mutasi")
     bank.sql.audit()  # what was stored but not deleted comes again
     eventually(lambda: log_lines(bank.mutasi, "duplicate messages ignored"))
+    assert len(log_lines(bank.mutasi, "mutation stored")) == 10
     bank.stream.acl_setuser("default", enabled=True, commands=["+xdel"])
     assert bank.stream.xlen(DEAD_LETTER) == 0
 
@@ -465,8 +467,6 @@ def test_bad_and_forged_messages_are_set_aside_and_the_true_ones_booked(bank: Ba
     bank.sql.audit(60)
     bank.send(bank.deposits(1))
     bank.sql.audit()
-    stored = [line["id_transaksi"] for line in log_lines(bank.mutasi, "mutation stored")]
-    assert len(stored) == len({*stored}) > len(true)
     bank.stream.xadd(STREAM, bad[-1][0])  # once more, after the true one
     eventually(lambda: bank.stream.xlen(DEAD_LETTER) == len(bad) + 1)
     letters = [fields for _, fields in bank.stream.xrange(DEAD_LETTER)]
