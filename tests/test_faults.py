@@ -390,6 +390,17 @@ def test_redis_away_or_hung_fails_no_movement(bank: Bank) -> None:
     assert load.statuses().keys() == {200}
 
 
+def test_movements_that_waited_in_memory_for_long_are_sent_once(bank: Bank) -> None:
+    bank.sql.audit()  # nothing is waiting
+    old = "SELECT 1 FROM outbox WHERE dikirim_pada < clock_timestamp() - interval '2200 ms'"
+    with hung(bank.mutasi):
+        with hung(bank.redis):
+            bank.send(bank.deposits(20))
+            eventually(lambda: bank.sql(old))
+        eventually(lambda: log_lines(bank.transaksi, "movements sent from the outbox"))
+        assert bank.stream.xlen(STREAM) == 20
+
+
 def test_redis_full_or_with_ids_ahead_of_the_clock_loses_nothing_and_causes_no_loop(bank: Bank) -> None:
     with hung(bank.mutasi):
         bad = bank.stream.xadd(STREAM, {"nominal": "bad"}, id="9999999999999-0")
