@@ -51,7 +51,7 @@ CREATE TABLE outbox (
     traceparent  text  -- W3C Trace Context of the request, so that its trace goes on in the stream
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- small, much written
 
--- The mutation book, written by service mutasi alone. A repeated message is in the primary key already, and is
+-- The mutation book, written by service mutasi alone. A repeated message is in the primary key already and
 -- ignored. The foreign key refuses a message that differs from the journal.
 CREATE TABLE mutasi (
     id_transaksi      bigint NOT NULL,
@@ -126,8 +126,11 @@ $$;
 REVOKE EXECUTE ON FUNCTION buka_rekening FROM PUBLIC;
 
 -- Demo accounts, PINs 123456, 234567 and 345678: delete this statement before a real first start.
-SELECT buka_rekening('1234567890', 'Budi Santoso', '$2b$10$CxlNcIK8q19til.lbenvnuJlfS/0p3G3DAT5tMDHzVeYB1zUfq8aW', 1000000),
-       buka_rekening('2345678901', 'Siti Aminah', '$2b$10$1Vgkzk4yNy9ohKWnq3BDiebo2Rb.r2KXmc3ml7YjYKA1ZgIVsnC/O', 500000),
-       buka_rekening('3456789012', 'Agus Wijaya', '$2b$10$MNf84MejADa/4tBTNujQi.L280AGs5v1gacmbZp2mT88opVSHquDK', 0);
+SELECT buka_rekening('1234567890', 'Budi Santoso',
+           '$2b$10$CxlNcIK8q19til.lbenvnuJlfS/0p3G3DAT5tMDHzVeYB1zUfq8aW', 1000000),
+       buka_rekening('2345678901', 'Siti Aminah',
+           '$2b$10$1Vgkzk4yNy9ohKWnq3BDiebo2Rb.r2KXmc3ml7YjYKA1ZgIVsnC/O', 500000),
+       buka_rekening('3456789012', 'Agus Wijaya',
+           '$2b$10$MNf84MejADa/4tBTNujQi.L280AGs5v1gacmbZp2mT88opVSHquDK', 0);
 
 COMMIT;

@@ -44,8 +44,7 @@ def read_settings(service: str, description: str, options: Sequence[Option]) -> 
     parser.formatter_class = ArgumentDefaultsHelpFormatter
     for name, default, parse, meaning in (*OPTIONS, *options):
         parser.add_argument(name, default=default, type=parse, help=meaning)
-    level = parser.add_argument("--log-level", default="INFO", type=str.upper, help="lowest level logged")
-    level.choices = LEVELS
+    parser.add_argument("--log-level", default="INFO", type=str.upper, choices=LEVELS, help="lowest logged")
     settings = parser.parse_args()
     settings.options = dict(vars(settings))
     start_logging(service, settings.log_level)

@@ -90,7 +90,7 @@ def start_logging(service: str, level: str) -> None:
     logging.basicConfig(level=level, handlers=[Handler(queue)], force=True)
     logging.captureWarnings(capture=True)
     sys.excepthook = lambda *error: log.critical("died", exc_info=error)
-    # No line shows these, so they are not collected: https://docs.python.org/3/howto/logging.html#optimization
+    # Not collected, as no line shows them: https://docs.python.org/3/howto/logging.html#optimization
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
 

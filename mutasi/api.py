@@ -55,9 +55,9 @@ def process_batch(engine: Engine, stream: Stream, batch_size: int) -> None:
 
     In this order, since in a full Redis only the deletion of stored messages makes room for dead letters.
     """
-    messages = [Message(*entry) for entry in stream.read(batch_size)]
-    bad = [(message, reason) for message in messages if (reason := flaw(message.fields))]
-    good = [message for message in messages if not flaw(message.fields)]
+    read = [(Message(*entry), flaw(entry[1])) for entry in stream.read(batch_size)]
+    good = [message for message, reason in read if not reason]
+    bad = [(message, reason) for message, reason in read if reason]
     if good:
         bad += store(engine, stream, good)
     for message, reason in bad:

@@ -146,8 +146,8 @@ def test_unread_stdout_stops_no_movement_and_no_exit(servers: Servers, customer:
     os.mkfifo(fifo := servers.directory / "unread")
     pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
     os.write(pipe, bytes(10**6))  # as much as it holds
-    shell = ["sh", "-c", 'exec "$0" "$@" >"$UNREAD"', sys.executable]
-    with servers.service("transaksi", python=shell, environment={"UNREAD": str(fifo)}) as service:
+    shell = ["sh", "-c", f'exec "$0" "$@" >"{fifo}"', sys.executable]
+    with servers.service("transaksi", "--workers", "2", python=shell) as service:
         ani = customer(service.url, servers.database.open_account())
         assert [ani.deposit(1).status_code for _ in range(100)] == [200] * 100
         assert service.stop(timeout=8) == 0

@@ -106,6 +106,7 @@ def main() -> None:
         uvicorn.Server(config).run(sockets)
     else:
         Multiprocess(config, sockets).run()
+        end_process()
 
 
 if __name__ == "__main__":

@@ -60,9 +60,8 @@ class Relay:
             batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
             # Older ones may have been sent again by `_resend` meanwhile.
             since = asyncio.get_running_loop().time() - self._resend_after_s
-            if not await self._database.run(
-                self._send, [m for handed_over, m in batch if handed_over > since]
-            ):
+            young = [movement for handed_over, movement in batch if handed_over > since]
+            if not await self._database.run(self._send, young):
                 await asyncio.sleep(PAUSE_S)
 
     async def watch(self) -> None:
