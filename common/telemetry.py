@@ -5,8 +5,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import cache
 from logging.handlers import QueueHandler, QueueListener
@@ -26,25 +25,18 @@ from common.connections import describe
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)
 
-NAMES = {"asctime": "timestamp", "levelname": "level", "name": "logger", "exc_info": "exception"}
+FIELDS = {"asctime": "timestamp", "levelname": "level", "message": "message", "name": "logger"}
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class JsonFormatter(OrjsonFormatter):
-    """timestamp (RFC 3339, UTC), level, message, logger, service, then the record's own context."""
-
-    def __init__(self, service: str) -> None:
-        fields, known = ("asctime", "levelname", "message", "name"), (*RESERVED_ATTRS, "color_message")
-        super().__init__(
-            fields, rename_fields=NAMES, static_fields={"service": service}, reserved_attrs=known
-        )
+    """Writes times as RFC 3339 in UTC, and no error text of a server that prints data."""
 
     def formatTime(self, record: logging.LogRecord, _: str | None = None) -> str:
         moment = datetime.fromtimestamp(record.created, UTC)
         return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
     def formatException(self, exc_info: Any) -> str:
-        """Traceback, type and text. Of a server's error, only what does not print data."""
         kind, error, trail = exc_info
         if isinstance(error, DBAPIError | RedisError):
             return describe(error)
@@ -85,7 +77,12 @@ def start_logging(service: str, level: str) -> None:
     """Send the lines of all loggers, also of libraries, to stdout as JSON. A second call does nothing."""
     queue: Queue[logging.LogRecord] = Queue(10_000)
     writer = logging.StreamHandler(sys.stdout)
-    writer.setFormatter(JsonFormatter(service))
+    names, known = FIELDS | {"exc_info": "exception"}, (*RESERVED_ATTRS, "color_message")
+    writer.setFormatter(
+        JsonFormatter(
+            list(FIELDS), rename_fields=names, static_fields={"service": service}, reserved_attrs=known
+        )
+    )
     QueueListener(queue, writer).start()
     logging.basicConfig(level=level, handlers=[Handler(queue)], force=True)
     logging.captureWarnings(capture=True)
@@ -117,21 +114,19 @@ def traceparent() -> str | None:
     return carrier.get("traceparent")
 
 
-@contextmanager
 def message_span(
     operation: str, stream: str, parent: str, facts: dict[str, Any], started_ns: int | None = None
-) -> Iterator[str]:
-    """The span that sends ("send") or processes ("process") a stream message. Yields its traceparent.
+) -> AbstractContextManager[trace.Span]:
+    """The span that sends ("send") or processes ("process") a stream message, after the span `parent`.
 
     Attributes: https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
     """
     messaging = {"messaging.system": "redis", "messaging.destination.name": stream}
     messaging |= {"messaging.operation.name": operation, "messaging.operation.type": operation}
-    with tracer.start_as_current_span(
+    return tracer.start_as_current_span(
         f"{operation} {stream}",
         _PROPAGATOR.extract({"traceparent": parent}, Context()),
         trace.SpanKind.PRODUCER if operation == "send" else trace.SpanKind.CONSUMER,
         messaging | facts,
         start_time=started_ns,
-    ):
-        yield traceparent() or parent
+    )

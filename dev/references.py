@@ -16,7 +16,6 @@ from sqlalchemy import insert, select, update
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import transaksi.__main__ as product
-from transaksi import protocol
 from transaksi.api import Balance, MovementRequest
 from transaksi.datastore import Rekening, Transaksi
 
@@ -53,5 +52,5 @@ if __name__ == "__main__":
     chosen = {"noop": noop, "plain": plain}[sys.argv[1]]
     del sys.argv[1:4]
     product.create_app = lambda: create_app(chosen)
-    protocol.BoundedHttp = HttpToolsProtocol  # type: ignore[misc, assignment]
+    product.BoundedHttp = HttpToolsProtocol  # type: ignore[attr-defined, assignment]
     product.main()

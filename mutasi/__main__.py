@@ -5,7 +5,6 @@ import signal
 import tempfile
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
 
 from common.config import read_settings, whole
 from common.connections import open_postgres, open_redis
@@ -28,7 +27,7 @@ def main() -> None:
     stopping = Event()
     loop = (engine, Stream(open_redis(settings)), settings.batch_size, stopping, ALIVE)
     # In a thread, since a signal would not interrupt a call of libpq to a database that hangs.
-    thread = Thread(target=run, args=loop, daemon=True)
+    thread = Thread(target=consume, args=loop, daemon=True)
     thread.start()
     log.info("started")
     signal.sigwait(signals)
@@ -36,15 +35,6 @@ def main() -> None:
     thread.join(2)
     log.info("stopped")
     end_process()
-
-
-def run(*loop: Any) -> None:
-    """Consume until told to stop. An unexpected error ends the process, for a restart."""
-    try:
-        consume(*loop)
-    except Exception:
-        log.critical("died", exc_info=True)
-        end_process(1)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ import re
 from pathlib import Path
 from threading import Event
 
-from redis.exceptions import RedisError
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
 
-from mutasi.app import Message, set_aside, store
+from mutasi.app import store
 from mutasi.datastore import Stream
 
 log = logging.getLogger(__name__)
@@ -37,15 +35,15 @@ def flaw(fields: dict[bytes, bytes]) -> str | None:
 def consume(engine: Engine, stream: Stream, batch_size: int, stopping: Event, alive: Path) -> None:
     """Store what the stream brings until `stopping`; touches `alive` each turn, for the health check.
 
-    While a server is away it retries with a growing pause: the entries stay in the stream.
+    Retries with a growing pause, for example while a server is away: the entries stay in the stream.
     """
     pause_s = 0.0
     while not stopping.wait(pause_s):
-        alive.touch()
         try:
+            alive.touch()
             process_batch(engine, stream, batch_size)
             pause_s = 0.0
-        except (DBAPIError, RedisError):
+        except Exception:
             log.exception("processing failed")
             pause_s = min(pause_s + 0.25, 5.0)
 
@@ -55,10 +53,9 @@ def process_batch(engine: Engine, stream: Stream, batch_size: int) -> None:
 
     In this order, since in a full Redis only the deletion of stored messages makes room for dead letters.
     """
-    read = [(Message(*entry), flaw(entry[1])) for entry in stream.read(batch_size)]
-    good = [message for message, reason in read if not reason]
+    read = [(message, flaw(message.fields)) for message in stream.read(batch_size)]
     bad = [(message, reason) for message, reason in read if reason]
-    if good:
-        bad += store(engine, stream, good)
+    bad += store(engine, stream, [message for message, reason in read if not reason])
     for message, reason in bad:
-        set_aside(stream, message, reason)
+        stream.set_aside(message, reason)
+        log.error("message moved to dead letters", extra={"entry": message.entry.decode(), "reason": reason})

@@ -1,10 +1,8 @@
-"""What is done with a batch: store each movement once, move bad messages to the dead letters."""
+"""Store each movement once, and tell the bad messages from the good ones."""
 
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
@@ -12,27 +10,22 @@ from sqlalchemy.exc import DBAPIError
 from common.connections import data_refused, describe
 from common.telemetry import masked, message_span
 from mutasi import datastore
-from mutasi.datastore import STREAM, Stream
+from mutasi.datastore import STREAM, Message, Stream
 
 log = logging.getLogger(__name__)
 
 
-class Message(NamedTuple):
-    """A stream entry: its id, and its fields as they came."""
-
-    entry: bytes
-    fields: dict[bytes, bytes]
-
-
-def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> list[tuple[Message, str]]:
-    """Store a batch, then delete it from the stream. Returns the bad messages, each with the reason.
+def store(engine: Engine, stream: Stream, messages: list[Message]) -> list[tuple[Message, str]]:
+    """Store messages, then delete them from the stream. Returns the bad ones, each with the reason.
 
     After a crash in between the messages come again, and are in the book already. Messages that the
     database refuses for their data are found by halving. Any other error is raised: nothing is deleted.
     """
+    if not messages:
+        return []
     started_ns = time.time_ns()
     try:
-        stored = datastore.insert_mutations(engine, [message.fields for message in messages])
+        stored = datastore.insert_mutations(engine, messages)
     except DBAPIError as error:
         if not data_refused(error):
             raise
@@ -46,16 +39,9 @@ def store(engine: Engine, stream: Stream, messages: Sequence[Message]) -> list[t
         if (id_transaksi := int(message.fields[b"id_transaksi"])) in stored:
             stored.remove(id_transaksi)  # the batch may have it twice
             _report(message, started_ns)
-    stream.delete([message.entry for message in messages])
-    duration_ms = (time.time_ns() - started_ns) // 1_000_000
-    log.debug("batch stored", extra={"count": len(messages), "duration_ms": duration_ms})
+    stream.delete(messages)
+    log.debug("batch stored", extra={"count": len(messages)})
     return []
-
-
-def set_aside(stream: Stream, message: Message, reason: str) -> None:
-    """Move a bad message to the dead letters."""
-    stream.set_aside(*message, reason)
-    log.error("message moved to dead letters", extra={"entry": message.entry.decode(), "reason": reason})
 
 
 def _report(message: Message, started_ns: int) -> None:

@@ -1,8 +1,7 @@
 """The mutation book in PostgreSQL, and the operations on the stream."""
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis import Redis
 from sqlalchemy import Engine, text
@@ -20,9 +19,16 @@ _INSERT = text("""
     ON CONFLICT DO NOTHING RETURNING id_transaksi""")
 
 
-def insert_mutations(engine: Engine, messages: Sequence[dict[bytes, bytes]]) -> set[int]:
+class Message(NamedTuple):
+    """A stream entry: its id, and its fields as they came."""
+
+    entry: bytes
+    fields: dict[bytes, bytes]
+
+
+def insert_mutations(engine: Engine, messages: list[Message]) -> set[int]:
     """Store movements in one transaction. Returns the ids of those that were not stored before."""
-    rows = [{name.decode(): value.decode() for name, value in fields.items()} for fields in messages]
+    rows = [{name.decode(): value.decode() for name, value in m.fields.items()} for m in messages]
     with engine.begin() as connection:
         return set(connection.scalars(_INSERT, {"messages": json.dumps(rows)}))
 
@@ -33,20 +39,20 @@ class Stream:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    def read(self, count: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """Up to `count` of the oldest entries, id and fields; waits half a second for the first."""
+    def read(self, count: int) -> list[Message]:
+        """Up to `count` of the oldest entries; waits half a second for the first."""
         # Always from 0: an entry that failed before would otherwise never be read again.
         reply: Any = self._redis.xread({STREAM: 0}, count=count, block=BLOCK_MS)
-        return [entry for _, entries in reply for entry in entries]
+        return [Message(*entry) for _, entries in reply for entry in entries]
 
-    def delete(self, entries: Sequence[bytes]) -> None:
+    def delete(self, messages: list[Message]) -> None:
         """Delete entries once their movements are stored."""
-        self._redis.xdel(STREAM, *entries)
+        self._redis.xdel(STREAM, *(message.entry for message in messages))
 
-    def set_aside(self, entry: bytes, fields: dict[bytes, bytes], reason: str) -> None:
+    def set_aside(self, message: Message, reason: str) -> None:
         """Move an entry to the dead letters, with the reason: both or neither."""
-        letter: dict[Any, Any] = fields | {b"reason": reason, b"entry": entry}
+        letter: dict[Any, Any] = message.fields | {b"reason": reason, b"entry": message.entry}
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.xadd(DEAD_LETTER, letter, maxlen=MAX_DEAD_LETTERS)
-            pipe.xdel(STREAM, entry)
+            pipe.xdel(STREAM, message.entry)
             pipe.execute()

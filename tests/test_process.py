@@ -127,7 +127,7 @@ def test_workers_are_processes_and_all_stop_in_order(bank: Bank) -> None:
 def test_unexpected_error_is_told_without_its_cause() -> None:
     with pytest.raises(ValueError, match="shown") as caught:
         raise ValueError("shown") from sqlalchemy.exc.DBAPIError("hidden", {}, psycopg2.Error("hidden"))
-    told = JsonFormatter("transaksi").formatException((caught.type, caught.value, caught.tb))
+    told = JsonFormatter().formatException((caught.type, caught.value, caught.tb))
     assert re.fullmatch(f'  File "{__file__}", line (?s:.*)\nValueError: shown', told)
     assert "hidden" not in told.replace('"hidden"', "")  # the line of code above
 

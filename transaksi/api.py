@@ -7,18 +7,17 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Security
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBasic
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from common.telemetry import masked, traceparent
 from transaksi import datastore
-from transaksi.app import MAX_NOMINAL, MAX_SALDO, Command, JenisTransaksi, Refusal, Replay
+from transaksi.app import MAX_NOMINAL, MAX_SALDO, JenisTransaksi, Movement, Refusal
 
 MAX_BODY = 4096
 KEY = "^[ -~]{1,255}$"
@@ -67,7 +66,7 @@ def digits(text: Any) -> Any:
     return text
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def refusals(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
     """The refusals of a route, for the OpenAPI document."""
     return {status: {"model": Error} for status in statuses}
 
@@ -121,10 +120,7 @@ async def tarik(request: Request) -> Response:
 async def move(request: Request, jenis_transaksi: JenisTransaksi) -> Response:
     """Carry out the deposit or withdrawal that the request asks for."""
     context = request.scope["context"]
-    try:
-        payload = MovementRequest.model_validate_json(await read_body(request))
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from None
+    payload = MovementRequest.model_validate_json(await read_body(request))
     keys = request.headers.getlist("idempotency-key")
     if len(keys) > 1 or not all(re.fullmatch(KEY, key) for key in keys):
         raise Refusal("Idempotency-Key")
@@ -133,13 +129,13 @@ async def move(request: Request, jenis_transaksi: JenisTransaksi) -> Response:
         context["no_rekening_payload"] = masked(payload.no_rekening)
         raise Refusal("unknown_account")
     key = keys[0] if keys else None
-    command = Command(jenis_transaksi, payload.no_rekening, payload.nominal, key, traceparent())
-    result = await request.app.state.teller.submit(command)
-    movement, replayed = (result.first, True) if isinstance(result, Replay) else (result, False)
-    context |= {"saldo": movement.saldo_akhir, "id_transaksi": movement.id_transaksi}
+    asked = Movement(jenis_transaksi, payload.no_rekening, payload.nominal, key, traceparent())
+    made = await request.app.state.teller.submit(asked)
+    replayed = made is not asked
+    context |= {"saldo": made.saldo_akhir, "id_transaksi": made.id}
     request.scope["event"] = "movement replayed" if replayed else "movement accepted"
-    extra = {"Idempotent-Replayed": "true"} if replayed else None
-    return Response(b'{"saldo":%d}' % movement.saldo_akhir, 200, extra, "application/json")
+    headers = {"Idempotent-Replayed": "true"} if replayed else None
+    return Response(b'{"saldo":%d}' % made.saldo_akhir, 200, headers, "application/json")
 
 
 async def read_body(request: Request) -> bytes:
@@ -159,24 +155,23 @@ async def read_body(request: Request) -> bytes:
     return body
 
 
-@reads.get("/saldo")
-async def saldo(request: Request) -> Balance:
+@reads.get("/saldo", response_model=Balance)
+async def saldo(request: Request) -> dict[str, int]:
     """The customer's balance."""
-    query = request.app.state.reads.run(datastore.find_balance, request.scope["account"])
-    return Balance(saldo=await query)
+    return {"saldo": await request.app.state.reads.run(datastore.find_balance, request.scope["account"])}
 
 
-@reads.get("/mutasi", responses=refusals(400))
+@reads.get("/mutasi", response_model=Statement, responses=refusals(400, "4XX"))
 async def mutasi(
     request: Request,
     sebelum: Annotated[int | SkipJsonSchema[None], Query(ge=1), BeforeValidator(digits)] = None,
     batas: Annotated[int, Query(ge=1, le=100), BeforeValidator(digits)] = 20,
-) -> Statement:
+) -> dict[str, Any]:
     """The customer's booked movements, newest first: at most `batas`, with ids below `sebelum`."""
     account, more = request.scope["account"], batas + 1  # one more tells whether there is a next page
     rows = await request.app.state.reads.run(datastore.find_mutations, account, sebelum, more)
     page = rows[:batas]
-    return Statement(mutasi=page, sebelum=page[-1].id_transaksi if len(rows) > batas else None)
+    return {"mutasi": page, "sebelum": page[-1].id_transaksi if len(rows) > batas else None}
 
 
 @health.get("/health")

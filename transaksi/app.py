@@ -3,7 +3,7 @@
 Amounts are whole rupiah.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -14,32 +14,21 @@ MAX_SALDO = 2**53 - 1  # the largest integer that every JSON client reads exactl
 JenisTransaksi = Literal["tabung", "tarik"]
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A customer's request to deposit or withdraw `nominal` rupiah."""
+@dataclass(slots=True)
+class Movement:
+    """A deposit or withdrawal of `nominal` rupiah.
+
+    Once it is accepted it has the balance after it, and from the journal an id and a time (UTC).
+    """
 
     jenis_transaksi: JenisTransaksi
     no_rekening: str
     nominal: int
     idempotency_key: str | None = None
     traceparent: str | None = None
-
-
-@dataclass(slots=True)
-class Movement:
-    """An accepted command. The journal gives it its id and its time (UTC)."""
-
-    command: Command
-    saldo_akhir: int
-    id_transaksi: int | None = None
+    saldo_akhir: int | None = None
+    id: int | None = None
     tanggal_transaksi: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """A repeated command: its idempotency key has made the movement `first` already. Nothing moves."""
-
-    first: Movement
 
 
 REFUSALS = {  # HTTP status, and the remark for the customer
@@ -82,49 +71,45 @@ class Refusal(Exception):
         self.reason = reason or name
 
 
-Key = tuple[str, str]  # account, idempotency key
-Result = Movement | Replay | Refusal
+Key = tuple[str, str | None]  # account, idempotency key
+Result = Movement | Refusal
 
 
-def decide(
-    commands: Sequence[Command], balances: dict[str, int], recorded: dict[Key, Movement]
-) -> list[Result]:
-    """Decide commands in order of arrival: one result each, as if each had come alone.
+def decide(movements: list[Movement], balances: dict[str, int], made: dict[Key, Movement]) -> list[Result]:
+    """Decide movements in order of arrival, as if each had come alone.
 
-    `balances` (by account) and `recorded` (movements already made under a key) are updated in place, so
-    that each command sees those before it.
+    The result of each is a refusal, the movement itself, or the one that its key made before: then no money
+    moves. `balances` (by account) and `made` (by key) are updated, so that each sees those before it.
     """
     results: list[Result] = []
-    for command in commands:
+    for movement in movements:
         try:
-            results.append(_decide(command, balances, recorded))
+            results.append(_decide(movement, balances, made))
         except Refusal as refusal:
             results.append(refusal)
     return results
 
 
-def _decide(command: Command, balances: dict[str, int], recorded: dict[Key, Movement]) -> Movement | Replay:
-    account, key = command.no_rekening, (command.no_rekening, command.idempotency_key or "")
-    if first := recorded.get(key):
-        before = first.command
-        if (before.jenis_transaksi, before.nominal) != (command.jenis_transaksi, command.nominal):
+def _decide(movement: Movement, balances: dict[str, int], made: dict[Key, Movement]) -> Movement:
+    account, key = movement.no_rekening, (movement.no_rekening, movement.idempotency_key)
+    if first := made.get(key):
+        if (first.jenis_transaksi, first.nominal) != (movement.jenis_transaksi, movement.nominal):
             raise Refusal("key_reused")
-        return Replay(first)
+        return first
     if account not in balances:
         raise Refusal("unknown_account")
-    balances[account] = balance_after(command, balances[account])
-    movement = Movement(command, balances[account])
-    if command.idempotency_key:
-        recorded[key] = movement
+    movement.saldo_akhir = balances[account] = balance_after(movement, balances[account])
+    if movement.idempotency_key:
+        made[key] = movement
     return movement
 
 
-def balance_after(command: Command, balance: int) -> int:
-    """The balance after one command. Raises `Refusal`."""
-    if command.jenis_transaksi == "tarik":
-        if command.nominal > balance:
+def balance_after(movement: Movement, balance: int) -> int:
+    """The balance after a movement. Raises `Refusal`."""
+    if movement.jenis_transaksi == "tarik":
+        if movement.nominal > balance:
             raise Refusal("insufficient_balance")
-        return balance - command.nominal
-    if balance + command.nominal > MAX_SALDO:
+        return balance - movement.nominal
+    if balance + movement.nominal > MAX_SALDO:
         raise Refusal("balance_limit")
-    return balance + command.nominal
+    return balance + movement.nominal

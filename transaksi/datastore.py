@@ -4,15 +4,16 @@ Reads use the mapped classes. The statements of the hot path are SQL, many rows 
 would cost twice as much.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, get_args
 
+import orjson
 from sqlalchemy import BigInteger, Connection, Engine, Executable, ForeignKey, Row, Text, func, select, text
 from sqlalchemy.dialects.postgresql import ENUM, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from transaksi.app import Command, JenisTransaksi, Key, Movement
+from transaksi.app import JenisTransaksi, Key, Movement
 
 
 class Base(DeclarativeBase):
@@ -86,20 +87,20 @@ _LOCK = text("""
     SELECT no_rekening, saldo FROM rekening WHERE no_rekening = ANY (:accounts)
     ORDER BY no_rekening FOR NO KEY UPDATE""")
 _FIND_KEYS = text("""
-    SELECT transaksi.*, NULL AS traceparent FROM transaksi
-    JOIN unnest(:account, :key) AS wanted (no_rekening, idempotency_key)
+    SELECT transaksi.* FROM transaksi
+    JOIN json_to_recordset(:movements) AS wanted (no_rekening text, idempotency_key text)
     USING (no_rekening, idempotency_key)""")
-# The ids follow the order of the commands, and so do the traceparents.
+# The ids follow the order of the movements, and so do the traceparents.
 _RECORD = text("""
     WITH recorded AS (
         INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key)
-        SELECT no_rekening, jenis::jenis_transaksi, nominal, saldo_akhir, key
-        FROM unnest(:no_rekening, :jenis, (:nominal)::bigint[], (:saldo_akhir)::bigint[], (:key)::text[])
-            WITH ORDINALITY AS command (no_rekening, jenis, nominal, saldo_akhir, key, position)
-        ORDER BY position RETURNING id, tanggal_transaksi, no_rekening, saldo_akhir),
+        SELECT no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key
+        FROM json_populate_recordset(NULL::transaksi, :movements) WITH ORDINALITY ORDER BY ordinality
+        RETURNING id, tanggal_transaksi, no_rekening, saldo_akhir),
     queued AS (
         INSERT INTO outbox (id_transaksi, traceparent)
-        SELECT id, ((:traceparent)::text[])[row_number() OVER (ORDER BY id)] FROM recorded),
+        SELECT id, (:movements)::json -> (row_number() OVER (ORDER BY id) - 1)::int ->> 'traceparent'
+        FROM recorded),
     updated AS (
         UPDATE rekening SET saldo = saldo_akhir
         FROM (SELECT DISTINCT ON (no_rekening) * FROM recorded ORDER BY no_rekening, id DESC) AS last
@@ -107,39 +108,25 @@ _RECORD = text("""
     SELECT id, tanggal_transaksi FROM recorded ORDER BY id""")
 
 
-def lock_balances(connection: Connection, accounts: Iterable[str]) -> dict[str, int]:
+def lock_balances(connection: Connection, accounts: set[str]) -> dict[str, int]:
     """Lock these accounts until the transaction ends. Returns the balances of those that exist."""
     return dict(connection.execute(_LOCK, {"accounts": list(accounts)}).all())
 
 
-def find_keys(connection: Connection, keys: Sequence[Key]) -> dict[Key, Movement]:
-    """The movements made under these keys.
+def find_keys(connection: Connection, movements: list[Movement]) -> dict[Key, Movement]:
+    """The movements that were made under the keys of these.
 
     To be called after `lock_balances`, as a statement of its own: it sees what was committed meanwhile.
     """
-    accounts, names = zip(*keys, strict=True)
-    found = connection.execute(_FIND_KEYS, {"account": list(accounts), "key": list(names)})
-    return {(row.no_rekening, row.idempotency_key): _movement(row) for row in found}
+    found = connection.execute(_FIND_KEYS, {"movements": orjson.dumps(movements).decode()})
+    return {(row.no_rekening, row.idempotency_key): Movement(**row._mapping) for row in found}
 
 
-def _movement(row: Row[Any]) -> Movement:
-    command = Command(row.jenis_transaksi, row.no_rekening, row.nominal, row.idempotency_key, row.traceparent)
-    return Movement(command, row.saldo_akhir, row.id, row.tanggal_transaksi)
-
-
-def record(connection: Connection, movements: Sequence[Movement]) -> None:
+def record(connection: Connection, movements: list[Movement]) -> None:
     """Write movements to balances, journal and outbox, and set their ids and times."""
-    commands = [movement.command for movement in movements]
-    parameters = {
-        "no_rekening": [c.no_rekening for c in commands],
-        "jenis": [c.jenis_transaksi for c in commands],
-        "nominal": [c.nominal for c in commands],
-        "saldo_akhir": [movement.saldo_akhir for movement in movements],
-        "key": [c.idempotency_key for c in commands],
-        "traceparent": [c.traceparent for c in commands],
-    }
-    for movement, row in zip(movements, connection.execute(_RECORD, parameters), strict=True):
-        movement.id_transaksi, movement.tanggal_transaksi = row
+    recorded = connection.execute(_RECORD, {"movements": orjson.dumps(movements).decode()})
+    for movement, row in zip(movements, recorded, strict=True):
+        movement.id, movement.tanggal_transaksi = row
 
 
 _COUNT_ATTEMPT = text("""
@@ -191,4 +178,4 @@ def outbox_age(engine: Engine) -> float:
 
 def mark_lost(engine: Engine, after_s: float, limit: int) -> list[Movement]:
     """Mark up to `limit` movements last sent over `after_s` seconds ago as sent now. Returns them."""
-    return [_movement(row) for row in _rows(engine, _MARK_LOST, after_s=after_s, limit=limit)]
+    return [Movement(**row._mapping) for row in _rows(engine, _MARK_LOST, after_s=after_s, limit=limit)]

@@ -10,6 +10,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from opentelemetry import trace
+from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -95,12 +96,12 @@ class Gate:
         return account
 
 
-async def refuse(_: Request, error: HTTPException | RequestValidationError) -> Response:
-    """Turn FastAPI's own errors into refusals: 404, 405, and a malformed payload or query."""
+async def refuse(_: Request, error: Any) -> Response:
+    """Turn errors of FastAPI and pydantic into refusals: 404, 405, and a malformed payload or query."""
     if isinstance(error, HTTPException):
         raise Refusal(str(error.status_code), headers=error.headers)
     fields = [str(part) for problem in error.errors() for part in problem["loc"]]
     raise Refusal(next((field for field in fields if field in REFUSALS), "not_json"))
 
 
-HANDLERS: Any = dict.fromkeys((HTTPException, RequestValidationError), refuse)
+HANDLERS = dict.fromkeys((HTTPException, RequestValidationError, ValidationError), refuse)

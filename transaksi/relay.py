@@ -7,15 +7,15 @@ movements that were lost on the way, and sends them again.
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 from redis import Redis
 from sqlalchemy import Engine
 
 from common.connections import Database
-from common.telemetry import masked, message_span
+from common.telemetry import masked, message_span, traceparent
 from transaksi import datastore
 from transaksi.app import Movement
 
@@ -38,53 +38,44 @@ class Relay:
     def __init__(self, database: Database, redis: Redis, max_stream: int, resend_after_s: int) -> None:
         self._database, self._redis = database, redis
         self._max_stream, self._resend_after_s = max_stream, resend_after_s
-        self._waiting: deque[tuple[float, Movement]] = deque()  # with the time of the handing over
-        self._work: asyncio.Task[None] | None = None
+        self._waiting: deque[tuple[float, Movement]] = deque(maxlen=MAX_WAITING)  # with the time they came
+        self.work: asyncio.Task[None] | None = None
         self._alarm = logging.INFO
 
-    def hand_over(self, movements: Sequence[Movement]) -> None:
-        """Take committed movements; those for which there is no room stay in the outbox."""
-        now = asyncio.get_running_loop().time()
-        self._waiting.extend((now, m) for m in movements[: MAX_WAITING - len(self._waiting)])
-        if self._waiting and (not self._work or self._work.done()):
-            self._work = asyncio.create_task(self._send_waiting())
-
-    async def close(self) -> None:
-        """Wait until all is sent, 1 s at most."""
-        if self._work:
-            await asyncio.wait([self._work], timeout=1)
+    def hand_over(self, movements: list[Movement]) -> None:
+        """Take committed movements. If there are too many, the oldest are dropped."""
+        self._waiting.extend((time.monotonic(), movement) for movement in movements)
+        if self._waiting and (not self.work or self.work.done()):
+            self.work = asyncio.create_task(self._send_waiting())
 
     async def _send_waiting(self) -> None:
         while self._waiting:
             await asyncio.sleep(GATHER_S)
             batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
-            # Older ones may have been sent again by `_resend` meanwhile.
-            since = asyncio.get_running_loop().time() - self._resend_after_s
-            young = [movement for handed_over, movement in batch if handed_over > since]
-            if not await self._database.run(self._send, young):
+            since = time.monotonic() - self._resend_after_s  # `_resend` may have sent older ones again
+            try:
+                await self._database.run(self._send, [movement for came, movement in batch if came > since])
+            except Exception:
+                log.exception("sending to the stream failed")
                 await asyncio.sleep(PAUSE_S)
 
     async def watch(self) -> None:
         """Look for lost movements every half of `resend_after_s`, until cancelled."""
         while True:
-            while await self._database.run(self._resend) == BATCH:
-                pass
+            try:
+                while await self._database.run(self._resend) == BATCH:
+                    pass
+            except Exception:
+                log.exception("looking for lost movements failed")
             await asyncio.sleep(self._resend_after_s / 2)
 
-    def _send(self, _: Engine, movements: Sequence[Movement]) -> bool:
-        """Add movements to the stream, all or none, with one fsync. Returns false after a failure."""
-        try:
-            if self._redis.xlen(STREAM) >= self._max_stream:
-                return False
+    def _send(self, _: Engine, movements: list[Movement]) -> None:
+        """Add movements to the stream, all or none, with one fsync. A full stream takes none."""
+        if self._redis.xlen(STREAM) < self._max_stream:
             with self._redis.pipeline(transaction=True) as pipe:
                 for movement in movements:
                     pipe.xadd(STREAM, message(movement))
                 pipe.execute()
-        except Exception:
-            log.exception("sending to the stream failed")
-            return False
-        log.debug("batch sent to the stream", extra={"count": len(movements)})
-        return True
 
     def _resend(self, engine: Engine) -> int:
         """Send up to `BATCH` lost movements again. Returns how many.
@@ -93,45 +84,34 @@ class Relay:
         ago and is not booked was lost. It is marked, committed and then sent: no row is locked while Redis is
         waited for, and if sending fails, it is tried again later.
         """
-        try:
-            self._watch_age(datastore.outbox_age(engine))
-            now_s, _ = self._redis.time()  # ids of entries begin with their time, by Redis' clock
-            late = self._redis.xrange(STREAM, max=(now_s - self._resend_after_s) * 1000, count=1)
-            if late or self._redis.xlen(STREAM) >= self._max_stream:
-                return 0
-            lost = datastore.mark_lost(engine, 2 * self._resend_after_s, BATCH)
-        except Exception:
-            log.exception("looking for lost movements failed")
-            return 0
-        if not lost or not self._send(engine, lost):
-            return 0
-        log.info("movements sent from the outbox", extra={"count": len(lost)})
-        return len(lost)
-
-    def _watch_age(self, age_s: float) -> None:
-        """Log when the outbox falls behind, far behind, and when it has caught up: once each."""
-        alarm, text = logging.INFO, "outbox has caught up"
-        if age_s > 10 * self._resend_after_s:
-            alarm, text = logging.ERROR, "outbox is far behind"
-        elif age_s > 3 * self._resend_after_s:
-            alarm, text = logging.WARNING, "outbox is behind"
-        if alarm != self._alarm:
+        age_s = datastore.outbox_age(engine)
+        behind, far_behind = (age_s > factor * self._resend_after_s for factor in (3, 10))
+        alarm = logging.ERROR if far_behind else logging.WARNING if behind else logging.INFO
+        if alarm != self._alarm:  # once when it begins, grows or ends
+            text = "outbox is behind" if behind else "outbox has caught up"
             log.log(alarm, text, extra={"age_s": round(age_s)})
             self._alarm = alarm
+        now_s, _ = self._redis.time()  # ids of entries begin with their time, by Redis' clock
+        late = self._redis.xrange(STREAM, max=(now_s - self._resend_after_s) * 1000, count=1)
+        if late or self._redis.xlen(STREAM) >= self._max_stream:
+            return 0
+        if lost := datastore.mark_lost(engine, 2 * self._resend_after_s, BATCH):
+            self._send(engine, lost)
+            log.info("movements sent from the outbox", extra={"count": len(lost)})
+        return len(lost)
 
 
 def message(movement: Movement) -> dict[Any, Any]:
     """The stream entry of a movement, with a span that continues its request's trace."""
-    command = movement.command
     entry = {
-        "id_transaksi": movement.id_transaksi,
-        "no_rekening": command.no_rekening,
-        "jenis_transaksi": command.jenis_transaksi,
-        "nominal": command.nominal,
+        "id_transaksi": movement.id,
+        "no_rekening": movement.no_rekening,
+        "jenis_transaksi": movement.jenis_transaksi,
+        "nominal": movement.nominal,
         "tanggal_transaksi": str(movement.tanggal_transaksi).replace(" ", "T"),
     }
-    if command.traceparent:
-        facts = entry | {"no_rekening": masked(command.no_rekening)}
-        with message_span("send", STREAM, command.traceparent, facts) as traceparent:
-            entry["traceparent"] = traceparent
+    if movement.traceparent:
+        facts = entry | {"no_rekening": masked(movement.no_rekening)}
+        with message_span("send", STREAM, movement.traceparent, facts):
+            entry["traceparent"] = traceparent() or movement.traceparent
     return entry
