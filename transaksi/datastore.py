@@ -6,23 +6,17 @@ would cost twice as much.
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, get_args
+from typing import Any
 
 import orjson
-from sqlalchemy import BigInteger, Connection, Engine, Executable, ForeignKey, Row, Text, func, select, text
-from sqlalchemy.dialects.postgresql import ENUM, TIMESTAMP
+from sqlalchemy import Connection, Engine, Executable, ForeignKey, Row, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from transaksi.app import JenisTransaksi, Key, Movement
 
 
 class Base(DeclarativeBase):
-    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own way
-        int: BigInteger,
-        str: Text,
-        datetime: TIMESTAMP(timezone=True),
-        JenisTransaksi: ENUM(*get_args(JenisTransaksi), name="jenis_transaksi"),
-    }
+    """The tables of service transaksi as init.sql makes them."""
 
 
 class Rekening(Base):
@@ -32,7 +26,7 @@ class Rekening(Base):
     no_rekening: Mapped[str] = mapped_column(primary_key=True)
     nama: Mapped[str]
     saldo: Mapped[int]
-    dibuat_pada: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    dibuat_pada: Mapped[datetime]
 
 
 class Transaksi(Base):
@@ -44,7 +38,7 @@ class Transaksi(Base):
     jenis_transaksi: Mapped[JenisTransaksi]
     nominal: Mapped[int]
     saldo_akhir: Mapped[int]
-    tanggal_transaksi: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    tanggal_transaksi: Mapped[datetime]
     idempotency_key: Mapped[str | None]
 
 
@@ -57,7 +51,7 @@ class Mutasi(Base):
     tanggal_transaksi: Mapped[datetime] = mapped_column(primary_key=True)
     jenis_transaksi: Mapped[JenisTransaksi] = mapped_column(primary_key=True)
     nominal: Mapped[int] = mapped_column(primary_key=True)
-    dicatat_pada: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    dicatat_pada: Mapped[datetime]
 
 
 def _rows(engine: Engine, statement: Executable, **parameters: Any) -> Sequence[Row[Any]]:
@@ -99,8 +93,8 @@ _RECORD = text("""
         RETURNING id, tanggal_transaksi, no_rekening, saldo_akhir),
     queued AS (
         INSERT INTO outbox (id_transaksi, traceparent)
-        SELECT id, (:movements)::json -> (row_number() OVER (ORDER BY id) - 1)::int ->> 'traceparent'
-        FROM recorded),
+        SELECT id, (ARRAY(SELECT movement ->> 'traceparent' FROM json_array_elements(:movements) AS movement))
+            [row_number() OVER (ORDER BY id)] FROM recorded),
     updated AS (
         UPDATE rekening SET saldo = saldo_akhir
         FROM (SELECT DISTINCT ON (no_rekening) * FROM recorded ORDER BY no_rekening, id DESC) AS last
