@@ -8,39 +8,31 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import sqlalchemy
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 
 T = TypeVar("T")
 
 
-def open_postgres(
-    settings: Namespace, pool_size: int = 1, ping: bool = False, **session: Any
-) -> sqlalchemy.Engine:
+def open_postgres(settings: Namespace, pool_size: int = 1, ping: bool = False, **session: Any) -> Engine:
     """Make an engine. `session` are PostgreSQL's settings for its connections, time limits in ms.
 
     `ping` tests a pooled connection before each use. The TCP time limits detect a dead host:
     https://www.postgresql.org/docs/18/libpq-connect.html
     """
+    s = settings
+    url = URL.create("postgresql+psycopg2", s.db_user, s.db_password, s.db_host, s.db_port, s.db_name)
     # A plan, such as a foreign key's, lives as long as its session. One made while a table was small would
     # read the whole table later: so no sequential scans.
     session |= {"timezone": "UTC", "enable_seqscan": "off"}
-    address = {"host": settings.db_host, "port": settings.db_port, "dbname": settings.db_name}
-    secrets = {"user": settings.db_user, "password": settings.db_password}
     limits = {"connect_timeout": 3, "tcp_user_timeout": 5000}
     limits |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
     options = {"options": " ".join(f"-c {name}={value}" for name, value in session.items())}
-    return sqlalchemy.create_engine(
-        "postgresql+psycopg2://",
-        pool_size=pool_size,
-        max_overflow=0,
-        pool_pre_ping=ping,
-        hide_parameters=True,
-        connect_args=address | secrets | limits | options,
-    )
+    pool = {"pool_size": pool_size, "max_overflow": 0, "pool_pre_ping": ping}
+    return create_engine(url, hide_parameters=True, connect_args=limits | options, **pool)
 
 
 class Database:

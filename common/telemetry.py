@@ -25,7 +25,8 @@ from common.connections import describe
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)
 
-FIELDS = {"asctime": "timestamp", "levelname": "level", "message": "message", "name": "logger"}
+FIELDS = ("asctime", "levelname", "message", "name")
+NAMES = {"asctime": "timestamp", "levelname": "level", "name": "logger", "exc_info": "exception"}
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -44,26 +45,25 @@ class JsonFormatter(OrjsonFormatter):
 
 
 class Handler(QueueHandler):
-    """Queues records for a writer thread. Callers never wait: a full queue drops the record."""
+    """Queues records for a writer thread. Callers never wait: a full queue drops the record.
+
+    The next line has the number of those dropped before it, as `lines_dropped`.
+    """
 
     queue: Queue[logging.LogRecord]
     dropped = 0
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         span = trace.get_current_span().get_span_context()
         if span.is_valid:
             record.trace_id = trace.format_trace_id(span.trace_id)
             record.span_id = trace.format_span_id(span.span_id)
-        super().emit(record)
-        if self.dropped and not self.queue.full():
-            count, self.dropped = self.dropped, 0
-            log.warning("log lines dropped", extra={"count": count})
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        if self.dropped:
+            record.lines_dropped, self.dropped = self.dropped, 0
         return record  # formatted by the writer
 
-    def handleError(self, _: logging.LogRecord) -> None:
-        self.dropped += 1
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.dropped += 1 + getattr(record, "lines_dropped", 0)
 
     def flush(self) -> None:
         """Wait until all lines are written, half a second at most: nobody may be reading stdout."""
@@ -77,29 +77,23 @@ def start_logging(service: str, level: str) -> None:
     """Send the lines of all loggers, also of libraries, to stdout as JSON. A second call does nothing."""
     queue: Queue[logging.LogRecord] = Queue(10_000)
     writer = logging.StreamHandler(sys.stdout)
-    names, known = FIELDS | {"exc_info": "exception"}, (*RESERVED_ATTRS, "color_message")
-    writer.setFormatter(
-        JsonFormatter(
-            list(FIELDS), rename_fields=names, static_fields={"service": service}, reserved_attrs=known
-        )
-    )
+    added, known = {"service": service}, [*RESERVED_ATTRS, "color_message"]
+    formatter = JsonFormatter(FIELDS, rename_fields=NAMES, static_fields=added, reserved_attrs=known)
+    writer.setFormatter(formatter)
     QueueListener(queue, writer).start()
     logging.basicConfig(level=level, handlers=[Handler(queue)], force=True)
     logging.captureWarnings(capture=True)
     sys.excepthook = lambda *error: log.critical("died", exc_info=error)
-    # Not collected, as no line shows them: https://docs.python.org/3/howto/logging.html#optimization
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
 
 
-def end_process(status: int = 0) -> NoReturn:
+def end_process() -> NoReturn:
     """Send off log lines and spans, then end at once.
 
     Python's own exit would wait for its threads: for a database that hangs, or an unread stdout.
     """
     getattr(trace.get_tracer_provider(), "force_flush", lambda _: None)(1000)
     logging.getLogger().handlers[0].flush()
-    os._exit(status)
+    os._exit(0)
 
 
 def masked(no_rekening: str) -> str:
