@@ -1,10 +1,11 @@
-"""Store each movement once, and tell the bad messages from the good ones."""
+"""What is done with messages: store each movement once, move bad messages to the dead letters."""
 
 import logging
 import time
 from contextlib import nullcontext
+from typing import Any
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, Row
 from sqlalchemy.exc import DBAPIError
 
 from common.connections import data_refused, describe
@@ -15,44 +16,49 @@ from mutasi.datastore import STREAM, Message, Stream
 log = logging.getLogger(__name__)
 
 
+def process(engine: Engine, stream: Stream, messages: list[Message]) -> None:
+    """Store the good messages, then set the bad ones aside.
+
+    In this order, since in a full Redis only the deletion of stored messages makes room for dead letters.
+    """
+    for message, reason in store(engine, stream, messages):
+        stream.set_aside(message, reason)
+        log.error("message moved to dead letters", extra={"entry": message.entry.decode(), "reason": reason})
+
+
 def store(engine: Engine, stream: Stream, messages: list[Message]) -> list[tuple[Message, str]]:
     """Store messages, then delete them from the stream. Returns the bad ones, each with the reason.
 
-    After a crash in between the messages come again, and are in the book already. Messages that the
-    database refuses for their data are found by halving. Any other error is raised: nothing is deleted.
+    After a crash in between the messages come again, and are in the book already. A bad message is one whose
+    data the database refuses; it is found by halving. Any other error is raised: nothing is deleted.
     """
-    if not messages:
-        return []
     started_ns = time.time_ns()
     try:
-        stored = datastore.insert_mutations(engine, messages)
+        movements = datastore.insert_mutations(engine, messages)
     except DBAPIError as error:
         if not data_refused(error):
             raise
         if len(messages) == 1:
-            return [(messages[0], f"refused by the database: {describe(error)}")]
+            return [(messages[0], describe(error))]
         middle = len(messages) // 2
         return store(engine, stream, messages[:middle]) + store(engine, stream, messages[middle:])
-    if len(messages) > len(stored):
-        log.warning("duplicate messages ignored", extra={"count": len(messages) - len(stored)})
-    for message in messages:
-        if (id_transaksi := int(message.fields[b"id_transaksi"])) in stored:
-            stored.remove(id_transaksi)  # the batch may have it twice
-            _report(message, started_ns)
+    if len(messages) > len(movements):
+        log.warning("duplicate messages ignored", extra={"count": len(messages) - len(movements)})
+    for movement in movements:
+        _report(movement, started_ns)
     stream.delete(messages)
     log.debug("batch stored", extra={"count": len(messages)})
     return []
 
 
-def _report(message: Message, started_ns: int) -> None:
+def _report(movement: Row[Any], started_ns: int) -> None:
     """Log a stored movement, in its request's trace if it has one."""
-    fields = {name.decode(): value.decode() for name, value in message.fields.items()}
     context = {
-        "id_transaksi": int(fields["id_transaksi"]),
-        "no_rekening": masked(fields["no_rekening"]),
-        "jenis_transaksi": fields["jenis_transaksi"],
-        "nominal": int(fields["nominal"]),
+        "id_transaksi": movement.id_transaksi,
+        "no_rekening": masked(movement.no_rekening),
+        "jenis_transaksi": movement.jenis_transaksi,
+        "nominal": movement.nominal,
     }
-    parent = fields.get("traceparent")
+    parent = movement.traceparent
     with message_span("process", STREAM, parent, context, started_ns) if parent else nullcontext():
         log.info("mutation stored", extra=context)

@@ -1,22 +1,30 @@
 """The mutation book in PostgreSQL, and the operations on the stream."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from redis import Redis
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, Row, text
 
 STREAM = "mutasi"
 DEAD_LETTER = f"{STREAM}:dead-letter"
 MAX_DEAD_LETTERS = 10_000
 BLOCK_MS = 500
 
+# The book refers to the journal by all columns, so the database refuses every message that differs from it.
 # Sorted, so that two consumers with the same messages do not deadlock.
 _INSERT = text("""
-    INSERT INTO mutasi (id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal)
-    SELECT id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal
-    FROM json_populate_recordset(NULL::mutasi, :messages) ORDER BY id_transaksi
-    ON CONFLICT DO NOTHING RETURNING id_transaksi""")
+    WITH message AS (
+        SELECT * FROM json_to_recordset(:messages) AS message (
+            id_transaksi bigint, no_rekening text, tanggal_transaksi timestamptz,
+            jenis_transaksi jenis_transaksi, nominal bigint, traceparent text)),
+    stored AS (
+        INSERT INTO mutasi (id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal)
+        SELECT id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal
+        FROM message ORDER BY id_transaksi
+        ON CONFLICT DO NOTHING RETURNING id_transaksi)
+    SELECT DISTINCT ON (id_transaksi) * FROM message JOIN stored USING (id_transaksi)""")
 
 
 class Message(NamedTuple):
@@ -26,11 +34,12 @@ class Message(NamedTuple):
     fields: dict[bytes, bytes]
 
 
-def insert_mutations(engine: Engine, messages: list[Message]) -> set[int]:
-    """Store movements in one transaction. Returns the ids of those that were not stored before."""
-    rows = [{name.decode(): value.decode() for name, value in m.fields.items()} for m in messages]
+def insert_mutations(engine: Engine, messages: list[Message]) -> Sequence[Row[Any]]:
+    """Store movements in one transaction. Returns those that were not stored before."""
+    # latin-1 takes all bytes. No true message has others than ASCII, or a value of 100.
+    rows = [{k.decode("latin-1"): v[:100].decode("latin-1") for k, v in m.fields.items()} for m in messages]
     with engine.begin() as connection:
-        return set(connection.scalars(_INSERT, {"messages": json.dumps(rows)}))
+        return connection.execute(_INSERT, {"messages": json.dumps(rows)}).all()
 
 
 class Stream:
