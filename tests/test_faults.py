@@ -274,7 +274,7 @@ def test_a_full_queue_refuses_the_surplus_and_sigterm_answers_what_was_accepted(
     assert not any(r.unknown for r in load.sent)
 
 
-def test_a_refused_command_fails_alone_and_an_unexpected_error_is_answered_as_unknown(bank: Bank) -> None:
+def test_a_refused_movement_fails_alone_and_an_unexpected_error_is_answered_as_unknown(bank: Bank) -> None:
     bank.sql("ALTER TABLE transaksi ADD CONSTRAINT bad CHECK (nominal <> 666) NOT VALID")
     requests = [Request(bank.accounts[n % 4], nominal=666 - n % 15) for n in range(30)]
     with bank.queued(requests):  # so that they make one batch

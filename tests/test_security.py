@@ -190,7 +190,7 @@ def test_sql_in_any_field_is_text(bank: Bank, account: str, customer: Customers)
     assert set(enter(bank.transaksi, account, *texts) + enter(bank.transaksi, texts[0], PIN)) == {401}
     stream.delete("mutasi:dead-letter")
     for field, text in product(MESSAGE, texts):
-        stream.xadd("mutasi", {**MESSAGE, field: text})
+        stream.xadd("mutasi", {**MESSAGE, field: text})  # type: ignore[dict-item]
     eventually(lambda: stream.xlen("mutasi:dead-letter") == len(MESSAGE) * len(texts))
     bank.database.audit()
     keys = bank.database("SELECT idempotency_key FROM transaksi WHERE no_rekening = %s", account)

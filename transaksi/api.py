@@ -11,7 +11,6 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBasic
 from pydantic import BaseModel, BeforeValidator, Field
-from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import ClientDisconnect
 from starlette.routing import request_response
 
@@ -154,7 +153,7 @@ async def saldo(request: Request) -> dict[str, int]:
 @reads.get("/mutasi", response_model=Statement, responses={400: ERROR, "4XX": ERROR})
 async def mutasi(
     request: Request,
-    sebelum: Annotated[int | SkipJsonSchema[None], Query(ge=1), BeforeValidator(digits)] = None,
+    sebelum: Annotated[int, Query(ge=1), BeforeValidator(digits)] = 10**18,
     batas: Annotated[int, Query(ge=1, le=100), BeforeValidator(digits)] = 20,
 ) -> dict[str, Any]:
     """The customer's booked movements, newest first: at most `batas`, with ids below `sebelum`."""

@@ -65,13 +65,12 @@ def find_balance(engine: Engine, account: str) -> int:
     return int(_rows(engine, select(Rekening.saldo).filter_by(no_rekening=account))[0].saldo)
 
 
-def find_mutations(engine: Engine, account: str, before: int | None, limit: int) -> Sequence[Row[Any]]:
-    """Up to `limit` booked movements of an account, newest first, with ids below `before` if given."""
+def find_mutations(engine: Engine, account: str, before: int, limit: int) -> Sequence[Row[Any]]:
+    """Up to `limit` booked movements of an account, newest first, with ids below `before`."""
     newest_first = Mutasi.id_transaksi.desc()
     # The ids alone, so that the index by account answers under every plan.
-    ids = select(Mutasi.id_transaksi).filter_by(no_rekening=account).order_by(newest_first).limit(limit)
-    if before:
-        ids = ids.where(Mutasi.id_transaksi < before)
+    of_account = Mutasi.no_rekening == account, Mutasi.id_transaksi < before
+    ids = select(Mutasi.id_transaksi).where(*of_account).order_by(newest_first).limit(limit)
     statement = select(*Mutasi.__table__.c, Transaksi.saldo_akhir).join(Transaksi)
     return _rows(engine, statement.where(Mutasi.id_transaksi.in_(ids)).order_by(newest_first))
 
