@@ -59,12 +59,10 @@ class Teller:
             raise Refusal("unavailable", "still queued") from None
 
     async def _post_batches(self) -> None:
-        """Post batches until the queue is empty. The next starts before the answers of the last go out."""
-        batch: list[Ticket] = []
-        results: list[Result] = []
-        while self.queue or batch:
-            taken = [self.queue.popleft() for _ in range(min(BATCH, len(self.queue)))]
-            posting = self.database.run(self._settle, [movement for _, movement in taken]) if taken else None
+        """Post batches until the queue is empty."""
+        while self.queue:
+            batch = [self.queue.popleft() for _ in range(min(BATCH, len(self.queue)))]
+            results = await self.database.run(self._settle, [movement for _, movement in batch])
             for (answer, _), result in zip(batch, results, strict=True):
                 if answer.done():  # cancelled
                     continue
@@ -73,8 +71,6 @@ class Teller:
                 else:
                     answer.set_result(result)
             self.committed([m for (_, m), result in zip(batch, results, strict=True) if result is m])
-            batch = taken
-            results = await posting if posting else []
 
     def _settle(self, engine: Engine, movements: list[Movement], retry: bool = True) -> list[Result]:
         """One result per movement, whatever the database does."""
