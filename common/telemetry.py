@@ -83,6 +83,9 @@ def start_logging(service: str, level: str) -> None:
     QueueListener(queue, writer).start()
     logging.basicConfig(level=level, handlers=[Handler(queue)], force=True)
     logging.captureWarnings(capture=True)
+    # Not collected, as no line shows them: https://docs.python.org/3/howto/logging.html#optimization
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     sys.excepthook = lambda *error: log.critical("died", exc_info=error)
 
 

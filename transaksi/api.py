@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBasic
 from pydantic import BaseModel, BeforeValidator, Field
 from starlette.requests import ClientDisconnect
-from starlette.routing import request_response
+from starlette.types import Receive, Scope, Send
 
 from common.telemetry import masked, traceparent
 from transaksi import datastore
@@ -73,7 +73,12 @@ class PlainRoute(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
-        self.app = request_response(endpoint)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await endpoint(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        self.app = app
 
 
 PIN = [Security(HTTPBasic(scheme_name="PIN", auto_error=False))]  # documents what `Gate` does
