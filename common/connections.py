@@ -17,19 +17,20 @@ from sqlalchemy.exc import DBAPIError
 T = TypeVar("T")
 
 
-def open_postgres(settings: Namespace, pool_size: int = 1, ping: bool = False, **session: Any) -> Engine:
-    """Make an engine. `session` are PostgreSQL's settings for its connections, time limits in ms.
+def open_engine(settings: Namespace, limit_s: int = 10, pool_size: int = 1, ping: bool = False) -> Engine:
+    """Make an engine whose statements take `limit_s` at most. `ping` tests a pooled connection before use.
 
-    `ping` tests a pooled connection before each use. The TCP time limits detect a dead host:
-    https://www.postgresql.org/docs/18/libpq-connect.html
+    The TCP time limits detect a dead host: https://www.postgresql.org/docs/18/libpq-connect.html
     """
     s = settings
     url = URL.create("postgresql+psycopg2", s.db_user, s.db_password, s.db_host, s.db_port, s.db_name)
-    # A plan, such as a foreign key's, lives as long as its session. One made while a table was small would
-    # read the whole table later: so no sequential scans.
-    session |= {"timezone": "UTC", "enable_seqscan": "off"}
     limits = {"connect_timeout": 3, "tcp_user_timeout": 5000}
     limits |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+    session = {"timezone": "UTC", "statement_timeout": 1000 * limit_s, "lock_timeout": 500 * limit_s}
+    session |= {"idle_in_transaction_session_timeout": 2000 * limit_s}
+    # A plan, such as a foreign key's, lives as long as its session. One made while a table was small would
+    # read the whole table later: so no sequential scans.
+    session |= {"enable_seqscan": "off"}
     options = {"options": " ".join(f"-c {name}={value}" for name, value in session.items())}
     pool = {"pool_size": pool_size, "max_overflow": 0, "pool_pre_ping": ping}
     return create_engine(url, hide_parameters=True, connect_args=limits | options, **pool)
@@ -42,9 +43,7 @@ class Database:
     """
 
     def __init__(self, settings: Namespace, threads: int, nice: int = 0, ping: bool = True) -> None:
-        limit_ms = settings.request_timeout * 1000
-        limits = {"statement_timeout": limit_ms, "idle_in_transaction_session_timeout": 2 * limit_ms}
-        self._engine = open_postgres(settings, threads, ping, lock_timeout=limit_ms // 2, **limits)
+        self._engine = open_engine(settings, settings.request_timeout, threads, ping)
         lower = (lambda: os.nice(nice)) if sys.platform == "linux" else None
         self._executor = ThreadPoolExecutor(threads, initializer=lower)
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from threading import Event, Thread
 
 from common.config import read_settings, whole
-from common.connections import open_postgres, open_redis
+from common.connections import open_engine, open_redis
 from common.telemetry import end_process
 from mutasi.api import consume
-from mutasi.datastore import Stream
 
 log = logging.getLogger("mutasi")
 
@@ -23,9 +22,8 @@ def main() -> None:
     log.info("starting", extra=settings.options)
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for sigwait
-    engine = open_postgres(settings, statement_timeout=10_000, idle_in_transaction_session_timeout=10_000)
     stopping = Event()
-    loop = (engine, Stream(open_redis(settings)), settings.batch_size, stopping, ALIVE)
+    loop = (open_engine(settings), open_redis(settings), settings.batch_size, stopping, ALIVE)
     # In a thread, since a signal would not interrupt a call of libpq to a database that hangs.
     thread = Thread(target=consume, args=loop, daemon=True)
     thread.start()

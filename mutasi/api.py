@@ -4,15 +4,16 @@ import logging
 from pathlib import Path
 from threading import Event
 
+from redis import Redis
 from sqlalchemy import Engine
 
 from mutasi.app import process
-from mutasi.datastore import Stream
+from mutasi.datastore import read_entries
 
 log = logging.getLogger(__name__)
 
 
-def consume(engine: Engine, stream: Stream, batch_size: int, stopping: Event, alive: Path) -> None:
+def consume(engine: Engine, redis: Redis, batch_size: int, stopping: Event, alive: Path) -> None:
     """Process what the stream brings until `stopping`; touches `alive` each turn, for the health check.
 
     Retries with a growing pause, for example while a server is away: the entries stay in the stream.
@@ -21,8 +22,8 @@ def consume(engine: Engine, stream: Stream, batch_size: int, stopping: Event, al
     while not stopping.wait(pause_s):
         try:
             alive.touch()
-            if messages := stream.read(batch_size):
-                process(engine, stream, messages)
+            if messages := read_entries(redis, batch_size):
+                process(engine, redis, messages)
             pause_s = 0.0
         except Exception:
             log.exception("processing failed")

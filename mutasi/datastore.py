@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from redis import Redis
 from sqlalchemy import Engine, Row, text
 
-STREAM = "mutasi"
+STREAM = "mutasi"  # holds only what is not stored yet: what was stored is deleted
 DEAD_LETTER = f"{STREAM}:dead-letter"
 MAX_DEAD_LETTERS = 10_000
 BLOCK_MS = 500
+
+Message = tuple[bytes, dict[bytes, bytes]]  # a stream entry: its id, and its fields as they came
 
 # The book refers to the journal by all columns, so the database refuses every message that differs from it.
 # Sorted, so that two consumers with the same messages do not deadlock.
@@ -24,44 +26,37 @@ _INSERT = text("""
         SELECT id_transaksi, no_rekening, tanggal_transaksi, jenis_transaksi, nominal
         FROM message ORDER BY id_transaksi
         ON CONFLICT DO NOTHING RETURNING id_transaksi)
-    SELECT DISTINCT ON (id_transaksi) * FROM message JOIN stored USING (id_transaksi)""")
-
-
-class Message(NamedTuple):
-    """A stream entry: its id, and its fields as they came."""
-
-    entry: bytes
-    fields: dict[bytes, bytes]
+    SELECT DISTINCT ON (id_transaksi) id_transaksi, no_rekening, jenis_transaksi, nominal, traceparent
+    FROM message JOIN stored USING (id_transaksi)""")
 
 
 def insert_mutations(engine: Engine, messages: list[Message]) -> Sequence[Row[Any]]:
-    """Store movements in one transaction. Returns those that were not stored before."""
+    """Store movements in one transaction. Returns those that were not stored before, in order of id."""
     # latin-1 takes all bytes. No true message has others than ASCII, or a value of 100.
-    rows = [{k.decode("latin-1"): v[:100].decode("latin-1") for k, v in m.fields.items()} for m in messages]
+    rows = [
+        {k.decode("latin-1"): v[:100].decode("latin-1") for k, v in fields.items()} for _, fields in messages
+    ]
     with engine.begin() as connection:
         return connection.execute(_INSERT, {"messages": json.dumps(rows)}).all()
 
 
-class Stream:
-    """The stream holds only what is not stored yet: what was stored is deleted."""
+def read_entries(redis: Redis, count: int) -> list[Message]:
+    """Up to `count` of the oldest entries of the stream; waits half a second for the first."""
+    # Always from 0: an entry that failed before would otherwise never be read again.
+    reply: Any = redis.xread({STREAM: 0}, count=count, block=BLOCK_MS)
+    return [entry for _, entries in reply for entry in entries]
 
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
 
-    def read(self, count: int) -> list[Message]:
-        """Up to `count` of the oldest entries; waits half a second for the first."""
-        # Always from 0: an entry that failed before would otherwise never be read again.
-        reply: Any = self._redis.xread({STREAM: 0}, count=count, block=BLOCK_MS)
-        return [Message(*entry) for _, entries in reply for entry in entries]
+def delete_entries(redis: Redis, messages: list[Message]) -> None:
+    """Delete entries once their movements are stored."""
+    redis.xdel(STREAM, *(entry for entry, _ in messages))
 
-    def delete(self, messages: list[Message]) -> None:
-        """Delete entries once their movements are stored."""
-        self._redis.xdel(STREAM, *(message.entry for message in messages))
 
-    def set_aside(self, message: Message, reason: str) -> None:
-        """Move an entry to the dead letters, with the reason: both or neither."""
-        letter: dict[Any, Any] = message.fields | {b"reason": reason, b"entry": message.entry}
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.xadd(DEAD_LETTER, letter, maxlen=MAX_DEAD_LETTERS)
-            pipe.xdel(STREAM, message.entry)
-            pipe.execute()
+def set_aside(redis: Redis, message: Message, reason: str) -> None:
+    """Move an entry to the dead letters, with the reason: both or neither."""
+    entry, fields = message
+    letter: dict[Any, Any] = fields | {b"reason": reason, b"entry": entry}
+    with redis.pipeline(transaction=True) as pipe:
+        pipe.xadd(DEAD_LETTER, letter, maxlen=MAX_DEAD_LETTERS)
+        pipe.xdel(STREAM, entry)
+        pipe.execute()

@@ -147,7 +147,7 @@ def forget_attempts(engine: Engine, account: str, count: int) -> None:
 
 
 _OUTBOX_AGE = text("""
-    SELECT extract(epoch FROM clock_timestamp() - tanggal_transaksi)::float8 AS age_s
+    SELECT coalesce(extract(epoch FROM clock_timestamp() - min(tanggal_transaksi)), 0) AS age_s
     FROM transaksi WHERE id = (SELECT min(id_transaksi) FROM outbox)""")
 # ARRAY and LATERAL ... LIMIT 1 look up ids by the primary key under every plan, and never scan the journal.
 _MARK_LOST = text("""
@@ -165,8 +165,7 @@ _MARK_LOST = text("""
 
 def outbox_age(engine: Engine) -> float:
     """Age in seconds of the oldest movement that is not booked, 0 if all are."""
-    rows = _rows(engine, _OUTBOX_AGE)
-    return rows[0].age_s if rows else 0.0
+    return float(_rows(engine, _OUTBOX_AGE)[0].age_s)
 
 
 def mark_lost(engine: Engine, after_s: float, limit: int) -> list[Movement]:
