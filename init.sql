@@ -91,14 +91,11 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON mutasi
 
 -- Per account: balance = journal = mutation book. Both differences are zero once the outbox is empty.
 CREATE VIEW audit_saldo AS
-SELECT r.no_rekening, r.saldo,
-    r.saldo - coalesce(sum(CASE t.jenis_transaksi WHEN 'tabung' THEN t.nominal ELSE -t.nominal END), 0)
-        AS selisih_transaksi,
-    r.saldo - coalesce(sum(CASE m.jenis_transaksi WHEN 'tabung' THEN m.nominal ELSE -m.nominal END), 0)
-        AS selisih_mutasi
-FROM rekening r LEFT JOIN transaksi t ON t.no_rekening = r.no_rekening
-LEFT JOIN mutasi m ON m.id_transaksi = t.id
-GROUP BY r.no_rekening, r.saldo;
+SELECT r.no_rekening, r.saldo, r.saldo - coalesce(sum(amount), 0) AS selisih_transaksi,
+    r.saldo - coalesce(sum(amount) FILTER (WHERE m.id_transaksi IS NOT NULL), 0) AS selisih_mutasi
+FROM rekening r LEFT JOIN transaksi t USING (no_rekening) LEFT JOIN mutasi m ON m.id_transaksi = t.id,
+LATERAL (SELECT CASE t.jenis_transaksi WHEN 'tabung' THEN t.nominal ELSE -t.nominal END AS amount) AS signed
+GROUP BY r.no_rekening;
 
 -- Each service may do just what its statements need, and nothing in the server's other databases.
 REVOKE ALL ON DATABASE postgres, template1 FROM PUBLIC;
