@@ -38,6 +38,7 @@ CREATE TABLE transaksi (
     -- not now(), which is the start of the transaction: before it waited for the account's lock
     tanggal_transaksi timestamptz NOT NULL DEFAULT clock_timestamp(),
     idempotency_key   text CHECK (length(idempotency_key) BETWEEN 1 AND 255),
+    traceparent       text,  -- W3C Trace Context of the request: its trace goes on in the stream
     UNIQUE (id, no_rekening, jenis_transaksi, nominal, tanggal_transaksi)  -- what mutasi refers to
 );
 -- One key moves money once.
@@ -47,8 +48,7 @@ CREATE UNIQUE INDEX transaksi_idempotency_key ON transaksi (no_rekening, idempot
 -- Movements that the mutation book does not have yet, written in the movement's own transaction.
 CREATE TABLE outbox (
     id_transaksi bigint PRIMARY KEY REFERENCES transaksi,
-    dikirim_pada timestamptz NOT NULL DEFAULT clock_timestamp(),  -- when it was written, or last sent again
-    traceparent  text  -- W3C Trace Context of the request, so that its trace goes on in the stream
+    dikirim_pada timestamptz NOT NULL DEFAULT clock_timestamp()  -- when it was written, or last sent again
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);  -- small, much written
 
 -- The mutation book, written by service mutasi alone. A repeated message is in the primary key already and
@@ -103,7 +103,7 @@ REVOKE ALL ON DATABASE :"DBNAME" FROM PUBLIC;
 GRANT CONNECT ON DATABASE :"DBNAME" TO transaksi, mutasi;
 GRANT SELECT (no_rekening, saldo), UPDATE (saldo) ON rekening TO transaksi;
 GRANT SELECT, UPDATE (pin_gagal, terkunci_sampai) ON kredensial TO transaksi;
-GRANT SELECT, INSERT (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key)
+GRANT SELECT, INSERT (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key, traceparent)
     ON transaksi TO transaksi;
 GRANT SELECT, INSERT, UPDATE (dikirim_pada) ON outbox TO transaksi;
 GRANT SELECT ON mutasi TO transaksi;  -- for GET /mutasi

@@ -1,4 +1,4 @@
-"""Configuration: options from the command line, secrets from the environment."""
+"""Configuration: options from the command line. Secrets stay in the environment, where nothing logs them."""
 
 import logging
 import os
@@ -36,22 +36,16 @@ OPTIONS: Sequence[Option] = (
 
 
 def read_settings(service: str, description: str, options: Sequence[Option]) -> Namespace:
-    """Read arguments and environment and start logging. Exits if one is refused or missing.
-
-    `options` of the result is a dict of all but the secrets: `db_user`, `db_password`, `redis_password`.
-    """
+    """Read the arguments and start logging. Exits if one is refused, or a secret is missing."""
     parser = ArgumentParser(f"python -m {service}", description=description, allow_abbrev=False)
     parser.formatter_class = ArgumentDefaultsHelpFormatter
     for name, default, parse, meaning in (*OPTIONS, *options):
         parser.add_argument(name, default=default, type=parse, help=meaning)
     parser.add_argument("--log-level", default="INFO", type=str.upper, choices=LEVELS, help="lowest logged")
     settings = parser.parse_args()
-    settings.options = dict(vars(settings))
     start_logging(service, settings.log_level)
     for name in ("DB_USER", "DB_PASSWORD"):
         if not os.environ.get(name):
             log.critical("cannot start: the environment variable %s is missing", name)
             sys.exit(1)
-        setattr(settings, name.lower(), os.environ[name])
-    settings.redis_password = os.environ.get("REDIS_PASSWORD")
     return settings

@@ -9,31 +9,28 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from redis import Redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 
 T = TypeVar("T")
 
 
-def open_engine(settings: Namespace, limit_s: int = 10, pool_size: int = 1, ping: bool = False) -> Engine:
-    """Make an engine whose statements take `limit_s` at most. `ping` tests a pooled connection before use.
+def open_engine(settings: Namespace, limit_s: int = 10, ping: bool = False) -> Engine:
+    """Make an engine. A statement ends after `limit_s`, a wait for a lock after half of it.
 
-    The TCP time limits detect a dead host: https://www.postgresql.org/docs/18/libpq-connect.html
+    `ping` tests a pooled connection before each use. The TCP time limits detect a dead host:
+    https://www.postgresql.org/docs/18/libpq-connect.html
     """
-    s = settings
-    url = URL.create("postgresql+psycopg2", s.db_user, s.db_password, s.db_host, s.db_port, s.db_name)
-    limits = {"connect_timeout": 3, "tcp_user_timeout": 5000}
-    limits |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
-    session = {"timezone": "UTC", "statement_timeout": 1000 * limit_s, "lock_timeout": 500 * limit_s}
-    session |= {"idle_in_transaction_session_timeout": 2000 * limit_s}
+    login = os.environ["DB_USER"], os.environ["DB_PASSWORD"]
+    url = URL.create("postgresql+psycopg2", *login, settings.db_host, settings.db_port, settings.db_name)
     # A plan, such as a foreign key's, lives as long as its session. One made while a table was small would
     # read the whole table later: so no sequential scans.
-    session |= {"enable_seqscan": "off"}
-    options = {"options": " ".join(f"-c {name}={value}" for name, value in session.items())}
-    pool = {"pool_size": pool_size, "max_overflow": 0, "pool_pre_ping": ping}
-    return create_engine(url, hide_parameters=True, connect_args=limits | options, **pool)
+    options = f"-c timezone=UTC -c enable_seqscan=off -c statement_timeout={limit_s}s"
+    options += f" -c lock_timeout={500 * limit_s}ms -c idle_in_transaction_session_timeout={2 * limit_s}s"
+    connect = {"options": options, "connect_timeout": 3, "tcp_user_timeout": 5000}
+    connect |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+    # pool_size 0 sets no limit: the threads that use the engine are the limit.
+    return create_engine(url, hide_parameters=True, connect_args=connect, pool_size=0, pool_pre_ping=ping)
 
 
 class Database:
@@ -43,7 +40,7 @@ class Database:
     """
 
     def __init__(self, settings: Namespace, threads: int, nice: int = 0, ping: bool = True) -> None:
-        self._engine = open_engine(settings, settings.request_timeout, threads, ping)
+        self._engine = open_engine(settings, settings.request_timeout, ping)
         lower = (lambda: os.nice(nice)) if sys.platform == "linux" else None
         self._executor = ThreadPoolExecutor(threads, initializer=lower)
 
@@ -55,14 +52,9 @@ class Database:
 
 def open_redis(settings: Namespace) -> Redis:
     """Make a client that gives up after 2 s and does not retry."""
-    return Redis(
-        settings.redis_host,
-        settings.redis_port,
-        password=settings.redis_password,
-        socket_timeout=2,
-        socket_connect_timeout=2,
-        retry=Retry(NoBackoff(), 0),
-    )
+    limits: Any = {"socket_timeout": 2, "socket_connect_timeout": 2, "retry": None}
+    password = os.environ.get("REDIS_PASSWORD")
+    return Redis(settings.redis_host, settings.redis_port, password=password, **limits)
 
 
 def data_refused(error: DBAPIError) -> bool:

@@ -6,7 +6,6 @@ import sys
 import time
 import traceback
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime
 from functools import cache
 from logging.handlers import QueueHandler, QueueListener
 from queue import Queue
@@ -33,9 +32,8 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 class JsonFormatter(OrjsonFormatter):
     """Writes times as RFC 3339 in UTC, and no error text of a server that prints data."""
 
-    def formatTime(self, record: logging.LogRecord, _: str | None = None) -> str:
-        moment = datetime.fromtimestamp(record.created, UTC)
-        return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    converter = staticmethod(time.gmtime)
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
     def formatException(self, exc_info: Any) -> str:
         kind, error, trail = exc_info

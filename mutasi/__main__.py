@@ -2,8 +2,6 @@
 
 import logging
 import signal
-import tempfile
-from pathlib import Path
 from threading import Event, Thread
 
 from common.config import read_settings, whole
@@ -13,17 +11,16 @@ from mutasi.api import consume
 
 log = logging.getLogger("mutasi")
 
-ALIVE = Path(tempfile.gettempdir(), "mutasi.alive")
 OPTIONS = [("--batch-size", 1000, whole(1, 10_000), "stream entries stored in one transaction")]
 
 
 def main() -> None:
     settings = read_settings("mutasi", "Stores every accepted movement once.", OPTIONS)
-    log.info("starting", extra=settings.options)
+    log.info("starting", extra=vars(settings))
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for sigwait
     stopping = Event()
-    loop = (open_engine(settings), open_redis(settings), settings.batch_size, stopping, ALIVE)
+    loop = (open_engine(settings), open_redis(settings), settings.batch_size, stopping)
     # In a thread, since a signal would not interrupt a call of libpq to a database that hangs.
     thread = Thread(target=consume, args=loop, daemon=True)
     thread.start()

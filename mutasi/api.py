@@ -1,6 +1,7 @@
 """The incoming edge: the plain blocking XREAD loop."""
 
 import logging
+import tempfile
 from pathlib import Path
 from threading import Event
 
@@ -12,16 +13,18 @@ from mutasi.datastore import read_entries
 
 log = logging.getLogger(__name__)
 
+ALIVE = Path(tempfile.gettempdir(), "mutasi.alive")
 
-def consume(engine: Engine, redis: Redis, batch_size: int, stopping: Event, alive: Path) -> None:
-    """Process what the stream brings until `stopping`; touches `alive` each turn, for the health check.
+
+def consume(engine: Engine, redis: Redis, batch_size: int, stopping: Event) -> None:
+    """Process what the stream brings until `stopping`; touches `ALIVE` each turn, for the health check.
 
     Retries with a growing pause, for example while a server is away: the entries stay in the stream.
     """
     pause_s = 0.0
     while not stopping.wait(pause_s):
         try:
-            alive.touch()
+            ALIVE.touch()
             if messages := read_entries(redis, batch_size):
                 process(engine, redis, messages)
             pause_s = 0.0

@@ -43,7 +43,8 @@ def test_movements_in_batches_give_what_they_would_one_by_one(opening: Any, batc
         accounts = bank.keys() & {m.no_rekening for m in batch}
         balances = {account: bank[account] for account in accounts}
         keys = made.keys() & {(m.no_rekening, m.idempotency_key) for m in batch}
-        results = zip(decide(batch, balances, {key: made[key] for key in keys}), batch, strict=True)
+        found = {key: made[key] for key in keys}
+        results = [(decide(m, balances, found), m) for m in batch]
         told = [r.remark if isinstance(r, Refusal) else (r is m, r) for r, m in results]
         assert told == [one_by_one(m, bank, made) for m in batch]
         assert bank == bank | balances

@@ -135,8 +135,9 @@ def test_roles_have_just_the_rights_that_the_services_need(bank: Bank) -> None:
     rekening.no_rekening:transaksi=r rekening.saldo:transaksi=rw kredensial:transaksi=r
     kredensial.pin_gagal:transaksi=w kredensial.terkunci_sampai:transaksi=w transaksi:transaksi=r
     transaksi.no_rekening:transaksi=a transaksi.jenis_transaksi:transaksi=a transaksi.nominal:transaksi=a
-    transaksi.saldo_akhir:transaksi=a transaksi.idempotency_key:transaksi=a outbox:transaksi=ar
-    outbox.dikirim_pada:transaksi=w mutasi:transaksi=r mutasi:mutasi=r mutasi.id_transaksi:mutasi=a
+    transaksi.saldo_akhir:transaksi=a transaksi.idempotency_key:transaksi=a
+    transaksi.traceparent:transaksi=a outbox:transaksi=ar outbox.dikirim_pada:transaksi=w
+    mutasi:transaksi=r mutasi:mutasi=r mutasi.id_transaksi:mutasi=a
     mutasi.no_rekening:mutasi=a mutasi.tanggal_transaksi:mutasi=a mutasi.jenis_transaksi:mutasi=a
     mutasi.nominal:mutasi=a"""
     # Of others than the superuser: on objects (ours have oids from 16384 on), on databases, and in general.

@@ -84,7 +84,7 @@ def create_app() -> FastAPI:
 
 def main() -> None:
     s = settings()
-    log.info("starting", extra=s.options)
+    log.info("starting", extra=vars(s))
     config = uvicorn.Config(
         "transaksi.__main__:create_app",
         factory=True,

@@ -96,23 +96,14 @@ DOCUMENT: dict[str, Any] = {
 }
 
 
-@movements.post("/tabung", response_model=Balance, openapi_extra=DOCUMENT)
-async def tabung(request: Request) -> Response:
-    """Deposit. The key of an accepted movement gets its answer again, with Idempotent-Replayed: true.
+@movements.post("/tarik", summary="Withdraw", response_model=Balance, openapi_extra=DOCUMENT)
+@movements.post("/tabung", summary="Deposit", response_model=Balance, openapi_extra=DOCUMENT)
+async def move(request: Request) -> Response:
+    """The key of an accepted movement gets its answer again, with Idempotent-Replayed: true.
 
     503 with Retry-After: not carried out. Without: outcome unknown, repeat with the same key.
     """
-    return await move(request, "tabung")
-
-
-@movements.post("/tarik", response_model=Balance, openapi_extra=DOCUMENT)
-async def tarik(request: Request) -> Response:
-    """Withdraw. Keys and 503 as for a deposit."""
-    return await move(request, "tarik")
-
-
-async def move(request: Request, jenis_transaksi: JenisTransaksi) -> Response:
-    """Carry out the deposit or withdrawal that the request asks for."""
+    jenis_transaksi: JenisTransaksi = request.scope["path"][1:]
     context = request.scope["context"]
     payload = MovementRequest.model_validate_json(await read_body(request))
     keys = request.headers.getlist("idempotency-key")

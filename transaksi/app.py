@@ -75,41 +75,21 @@ Key = tuple[str, str | None]  # account, idempotency key
 Result = Movement | Refusal
 
 
-def decide(movements: list[Movement], balances: dict[str, int], made: dict[Key, Movement]) -> list[Result]:
-    """Decide movements in order of arrival, as if each had come alone.
+def decide(movement: Movement, balances: dict[str, int], made: dict[Key, Movement]) -> Result:
+    """Decide the next movement of a batch: itself if accepted, the one that its key made before, a refusal.
 
-    The result of each is a refusal, the movement itself, or the one that its key made before: then no money
-    moves. `balances` (by account) and `made` (by key) are updated, so that each sees those before it.
+    Only an accepted one moves money. `balances` (by account) and `made` (by key) are updated for the next.
     """
-    results: list[Result] = []
-    for movement in movements:
-        try:
-            results.append(_decide(movement, balances, made))
-        except Refusal as refusal:
-            results.append(refusal)
-    return results
-
-
-def _decide(movement: Movement, balances: dict[str, int], made: dict[Key, Movement]) -> Movement:
-    account, key = movement.no_rekening, (movement.no_rekening, movement.idempotency_key)
-    if first := made.get(key):
-        if (first.jenis_transaksi, first.nominal) != (movement.jenis_transaksi, movement.nominal):
-            raise Refusal("key_reused")
-        return first
+    account, nominal, key = movement.no_rekening, movement.nominal, movement.idempotency_key
+    if first := made.get((account, key)):
+        same = (first.jenis_transaksi, first.nominal) == (movement.jenis_transaksi, nominal)
+        return first if same else Refusal("key_reused")
     if account not in balances:
-        raise Refusal("unknown_account")
-    movement.saldo_akhir = balances[account] = balance_after(movement, balances[account])
-    if movement.idempotency_key:
-        made[key] = movement
+        return Refusal("unknown_account")
+    balance = balances[account] + (nominal if movement.jenis_transaksi == "tabung" else -nominal)
+    if not 0 <= balance <= MAX_SALDO:
+        return Refusal("insufficient_balance" if balance < 0 else "balance_limit")
+    movement.saldo_akhir = balances[account] = balance
+    if key:
+        made[account, key] = movement
     return movement
-
-
-def balance_after(movement: Movement, balance: int) -> int:
-    """The balance after a movement. Raises `Refusal`."""
-    if movement.jenis_transaksi == "tarik":
-        if movement.nominal > balance:
-            raise Refusal("insufficient_balance")
-        return balance - movement.nominal
-    if balance + movement.nominal > MAX_SALDO:
-        raise Refusal("balance_limit")
-    return balance + movement.nominal

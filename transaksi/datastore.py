@@ -40,6 +40,7 @@ class Transaksi(Base):
     saldo_akhir: Mapped[int]
     tanggal_transaksi: Mapped[datetime]
     idempotency_key: Mapped[str | None]
+    traceparent: Mapped[str | None]
 
 
 class Mutasi(Base):
@@ -83,17 +84,15 @@ _FIND_KEYS = text("""
     SELECT transaksi.* FROM transaksi
     JOIN json_to_recordset(:movements) AS wanted (no_rekening text, idempotency_key text)
     USING (no_rekening, idempotency_key)""")
-# The ids follow the order of the movements, and so do the traceparents.
+# The ids follow the order of the movements.
 _RECORD = text("""
     WITH recorded AS (
-        INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key)
-        SELECT no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key
+        INSERT INTO transaksi
+            (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key, traceparent)
+        SELECT no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key, traceparent
         FROM json_populate_recordset(NULL::transaksi, :movements) WITH ORDINALITY ORDER BY ordinality
         RETURNING id, tanggal_transaksi, no_rekening, saldo_akhir),
-    queued AS (
-        INSERT INTO outbox (id_transaksi, traceparent)
-        SELECT id, (ARRAY(SELECT movement ->> 'traceparent' FROM json_array_elements(:movements) AS movement))
-            [row_number() OVER (ORDER BY id)] FROM recorded),
+    queued AS (INSERT INTO outbox (id_transaksi) SELECT id FROM recorded),
     updated AS (
         UPDATE rekening SET saldo = saldo_akhir
         FROM (SELECT DISTINCT ON (no_rekening) * FROM recorded ORDER BY no_rekening, id DESC) AS last
@@ -147,9 +146,9 @@ def forget_attempts(engine: Engine, account: str, count: int) -> None:
 
 
 _OUTBOX_AGE = text("""
-    SELECT coalesce(extract(epoch FROM clock_timestamp() - min(tanggal_transaksi)), 0) AS age_s
+    SELECT coalesce(extract(epoch FROM clock_timestamp() - min(tanggal_transaksi)), 0)::float8 AS age_s
     FROM transaksi WHERE id = (SELECT min(id_transaksi) FROM outbox)""")
-# ARRAY and LATERAL ... LIMIT 1 look up ids by the primary key under every plan, and never scan the journal.
+# ARRAY looks up each id by the primary key under every plan, and never scans the journal.
 _MARK_LOST = text("""
     WITH marked AS (
         UPDATE outbox SET dikirim_pada = clock_timestamp()
@@ -157,10 +156,8 @@ _MARK_LOST = text("""
             SELECT id_transaksi FROM outbox
             WHERE dikirim_pada < clock_timestamp() - make_interval(secs => :after_s)
             ORDER BY id_transaksi LIMIT :limit FOR UPDATE SKIP LOCKED))
-        RETURNING id_transaksi, traceparent)
-    SELECT journal.*, traceparent
-    FROM marked CROSS JOIN LATERAL (SELECT * FROM transaksi WHERE id = id_transaksi LIMIT 1) AS journal
-    ORDER BY id""")
+        RETURNING id_transaksi)
+    SELECT * FROM transaksi WHERE id = ANY (ARRAY(SELECT id_transaksi FROM marked)) ORDER BY id""")
 
 
 def outbox_age(engine: Engine) -> float:

@@ -54,12 +54,10 @@ class Gate:
             if message["type"] == "http.response.start":
                 context["status"] = message["status"]
                 trace.get_current_span().set_attributes(context)
-                if not limit.expired():  # no limit for sending: it takes as long as the client reads
-                    limit.reschedule(None)
             await send(message)
 
         try:
-            async with asyncio.timeout(None if is_open else self._time_limit_s) as limit:
+            async with asyncio.timeout(None if is_open else self._time_limit_s):
                 if not is_open:
                     scope["account"] = await self._authenticate(scope, arrived)
                 await self._app(scope, receive, respond)

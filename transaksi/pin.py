@@ -11,6 +11,7 @@ import hashlib
 import logging
 import re
 import secrets
+from functools import partial
 
 import bcrypt
 from cachetools import TTLCache
@@ -53,7 +54,7 @@ class PinCheck:
         self._max_failures, self._lock_minutes = max_failures, lock_minutes
         self._key = secrets.token_bytes(32)
         self._remembered: TTLCache[bytes, bool] = TTLCache(MAX_REMEMBERED, ttl_s)
-        self._running: dict[bytes, asyncio.Task[None]] = {}
+        self._running: dict[bytes, asyncio.Future[None]] = {}
 
     async def check(self, account: str, pin: bytes) -> None:
         """Return if the PIN is the account's. Raises `Refusal`, or `DBAPIError` if the database is away."""
@@ -64,27 +65,23 @@ class PinCheck:
         if secret not in self._running:
             if len(self._running) >= MAX_CHECKS:
                 raise Refusal("unavailable", "too many PIN checks")
-            task = self._running[secret] = asyncio.create_task(self._check(secret, account, pin))
-            task.add_done_callback(asyncio.Task.exception)  # those who waited for it may be gone
+            check = self._running[secret] = self._database.run(self._compare, account, pin)
+            check.add_done_callback(partial(self._end, secret))
         await asyncio.shield(self._running[secret])  # equal checks share one
 
-    async def _check(self, secret: bytes, account: str, pin: bytes) -> None:
-        try:
-            if reason := await self._database.run(self._compare, account, pin):
-                raise Refusal("not_authenticated", reason)
+    def _end(self, secret: bytes, check: asyncio.Future[None]) -> None:
+        del self._running[secret]
+        if not check.exception():
             self._remembered[secret] = True
-        finally:
-            del self._running[secret]
 
-    def _compare(self, engine: Engine, account: str, pin: bytes) -> str | None:
-        """Why the PIN is refused, None if it is right. Costs one bcrypt in every case."""
+    def _compare(self, engine: Engine, account: str, pin: bytes) -> None:
+        """Raises `Refusal` unless the PIN is right. Costs one bcrypt in every case."""
         attempt = datastore.count_attempt(engine, account, self._max_failures, self._lock_minutes)
         right = bcrypt.checkpw(pin, (attempt.pin_hash if attempt else DUMMY_HASH).encode())
         if not attempt:
-            return "unknown account or locked"
-        if right:
-            datastore.forget_attempts(engine, account, attempt.pin_gagal)
-            return None
-        if attempt.pin_gagal >= self._max_failures:
-            log.warning("account locked", extra={"no_rekening": masked(account)})
-        return "wrong PIN"
+            raise Refusal("not_authenticated", "unknown account or locked")
+        if not right:
+            if attempt.pin_gagal >= self._max_failures:
+                log.warning("account locked", extra={"no_rekening": masked(account)})
+            raise Refusal("not_authenticated", "wrong PIN")
+        datastore.forget_attempts(engine, account, attempt.pin_gagal)

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 512
 
-Ticket = tuple[asyncio.Future[Movement], Movement]  # the answer that its caller awaits, and the movement
+Ticket = tuple[asyncio.Future[Result], Movement]  # the answer that its caller awaits, and the movement
 
 
 @dataclass(eq=False)
@@ -43,20 +43,23 @@ class Teller:
         """
         if len(self.queue) >= self.max_queue:
             raise Refusal("unavailable", "queue full")
-        answer: asyncio.Future[Movement] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         ticket = answer, movement
         self.queue.append(ticket)
         if not self.work or self.work.done():
             self.work = asyncio.create_task(self._post_batches())
         try:
-            return await answer
+            result = await answer
         except asyncio.CancelledError:
-            if not answer.cancelled():  # the answer came at the same moment
-                return answer.result()
-            if ticket not in self.queue:
+            if ticket in self.queue:
+                self.queue.remove(ticket)
+                raise Refusal("unavailable", "still queued") from None
+            if answer.cancelled():  # not if the answer came at the same moment
                 raise Refusal("unknown_outcome", "time limit") from None
-            self.queue.remove(ticket)
-            raise Refusal("unavailable", "still queued") from None
+            result = answer.result()
+        if isinstance(result, Refusal):
+            raise result
+        return result
 
     async def _post_batches(self) -> None:
         """Post batches until the queue is empty."""
@@ -64,11 +67,7 @@ class Teller:
             batch = [self.queue.popleft() for _ in range(min(BATCH, len(self.queue)))]
             results = await self.database.run(self._settle, [movement for _, movement in batch])
             for (answer, _), result in zip(batch, results, strict=True):
-                if answer.done():  # cancelled
-                    continue
-                if isinstance(result, Refusal):
-                    answer.set_exception(result)
-                else:
+                if not answer.done():  # cancelled
                     answer.set_result(result)
             self.committed([m for (_, m), result in zip(batch, results, strict=True) if result is m])
 
@@ -93,7 +92,7 @@ class Teller:
             balances = datastore.lock_balances(connection, {m.no_rekening for m in movements})
             keyed = [m for m in movements if m.idempotency_key]
             made = datastore.find_keys(connection, keyed) if keyed else {}
-            results = decide(movements, balances, made)
+            results = [decide(movement, balances, made) for movement in movements]
             if accepted := [m for m, result in zip(movements, results, strict=True) if result is m]:
                 datastore.record(connection, accepted)
                 try:
