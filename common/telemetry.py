@@ -116,12 +116,8 @@ def message_span(
 
     Attributes: https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
     """
-    messaging = {"messaging.system": "redis", "messaging.destination.name": stream}
-    messaging |= {"messaging.operation.name": operation, "messaging.operation.type": operation}
-    return tracer.start_as_current_span(
-        f"{operation} {stream}",
-        _PROPAGATOR.extract({"traceparent": parent}, Context()),
-        trace.SpanKind.PRODUCER if operation == "send" else trace.SpanKind.CONSUMER,
-        messaging | facts,
-        start_time=started_ns,
-    )
+    facts = facts | {"messaging.system": "redis", "messaging.destination.name": stream}
+    facts |= {"messaging.operation.name": operation, "messaging.operation.type": operation}
+    kind = trace.SpanKind.PRODUCER if operation == "send" else trace.SpanKind.CONSUMER
+    context = _PROPAGATOR.extract({"traceparent": parent}, Context())
+    return tracer.start_as_current_span(f"{operation} {stream}", context, kind, facts, start_time=started_ns)

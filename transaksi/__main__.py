@@ -92,7 +92,6 @@ def main() -> None:
         port=s.port,
         workers=s.workers,
         http=BoundedHttp,
-        ws="none",
         log_config=None,
         access_log=False,  # our own lines say more
         server_header=False,
