@@ -103,7 +103,7 @@ async def move(request: Request) -> Response:
 
     503 with Retry-After: not carried out. Without: outcome unknown, repeat with the same key.
     """
-    jenis_transaksi: JenisTransaksi = request.scope["path"][1:]
+    jenis_transaksi: JenisTransaksi = request.scope["path"][1:]  # "tabung" or "tarik"
     context = request.scope["context"]
     payload = MovementRequest.model_validate_json(await read_body(request))
     keys = request.headers.getlist("idempotency-key")
