@@ -83,8 +83,8 @@ class PlainRoute(APIRoute):
 
 PIN = [Security(HTTPBasic(scheme_name="PIN", auto_error=False))]  # documents what `Gate` does
 ERROR = {"model": Error}
-REFUSALS: Any = dict.fromkeys((400, 401, 408, 413, 415, 422, 503), ERROR)
-movements = APIRouter(route_class=PlainRoute, dependencies=PIN, responses=REFUSALS)
+ERRORS: Any = dict.fromkeys((400, 401, 408, 413, 415, 422, 503), ERROR)
+movements = APIRouter(route_class=PlainRoute, dependencies=PIN, responses=ERRORS)
 reads = APIRouter(dependencies=PIN, responses={401: ERROR, 503: ERROR})
 health = APIRouter(responses={503: ERROR})
 DOCUMENT: dict[str, Any] = {
