@@ -118,7 +118,7 @@ LANGUAGE sql AS $$
     WITH opening AS (
         INSERT INTO transaksi (no_rekening, jenis_transaksi, nominal, saldo_akhir)
         SELECT $1, 'tabung', $4, $4 WHERE $4 > 0 RETURNING id)
-    INSERT INTO outbox (id_transaksi, dikirim_pada) SELECT id, '-infinity' FROM opening;  -- never sent
+    INSERT INTO outbox (id_transaksi, dikirim_pada) SELECT id, '-infinity' FROM opening;  -- due at once
 $$;
 REVOKE EXECUTE ON FUNCTION buka_rekening FROM PUBLIC;
 

@@ -63,7 +63,7 @@ def data_refused(error: DBAPIError) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """A line about an error of a server. PostgreSQL's own text prints rows and stays out."""
+    """A line about an error of a server. PostgreSQL's own text may quote a row, so it stays out."""
     cause: Any = getattr(error, "orig", None) or error
     kind = type(cause).__name__
     if code := getattr(cause, "pgcode", None):

@@ -19,6 +19,7 @@ from transaksi import datastore
 from transaksi.app import MAX_NOMINAL, MAX_SALDO, JenisTransaksi, Movement, Refusal
 
 MAX_BODY = 4096
+MAX_ID = 2**53 - 1  # above every id, and exact in JSON
 KEY = "^[ -~]{1,255}$"
 JSON = re.compile(r"application/([^;]+\+)?json\s*(;.*)?", re.IGNORECASE)
 
@@ -146,10 +147,11 @@ async def saldo(request: Request) -> dict[str, int]:
     return {"saldo": await request.app.state.reads.run(datastore.find_balance, request.scope["account"])}
 
 
+# "4XX" keeps FastAPI from documenting a 422 of its own.
 @reads.get("/mutasi", response_model=Statement, responses={400: ERROR, "4XX": ERROR})
 async def mutasi(
     request: Request,
-    sebelum: Annotated[int, Query(ge=1), BeforeValidator(digits)] = 10**18,
+    sebelum: Annotated[int, Query(ge=1), BeforeValidator(digits)] = MAX_ID,
     batas: Annotated[int, Query(ge=1, le=100), BeforeValidator(digits)] = 20,
 ) -> dict[str, Any]:
     """The customer's booked movements, newest first: at most `batas`, with ids below `sebelum`."""

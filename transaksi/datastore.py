@@ -108,7 +108,7 @@ def lock_balances(connection: Connection, accounts: set[str]) -> dict[str, int]:
 def find_keys(connection: Connection, movements: list[Movement]) -> dict[Key, Movement]:
     """The movements that were made under the keys of these.
 
-    To be called after `lock_balances`, as a statement of its own: it sees what was committed meanwhile.
+    A statement of its own, after the lock: its snapshot has what the last holder of the lock committed.
     """
     found = connection.execute(_FIND_KEYS, {"movements": orjson.dumps(movements).decode()})
     return {(row.no_rekening, row.idempotency_key): Movement(**row._mapping) for row in found}

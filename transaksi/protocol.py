@@ -9,11 +9,11 @@ MAX_PIPELINED = 16
 class BoundedHttp(HttpToolsProtocol):
     """Bounds heads and pipelines. Keeps what follows a request from changing its meaning or its answer."""
 
-    unparsed = 0  # bytes since the last whole head or piece of a payload
+    unparsed = 0  # bytes since the parser last reported a whole head or a piece of a payload
     upgraded = False
 
     def data_received(self, data: bytes) -> None:
-        if self.upgraded:  # the payload of a request that was parsed without it, not the next request
+        if self.upgraded:  # the parser has stopped: what follows, a payload too, is no next request
             return
         self.unparsed += len(data)
         super().data_received(data)

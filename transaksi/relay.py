@@ -52,7 +52,8 @@ class Relay:
         while self._waiting:
             await asyncio.sleep(GATHER_S)
             batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
-            since = time.monotonic() - self._resend_after_s  # `_resend` may have sent older ones again
+            # Older ones are dropped, as `_resend` may send them from the outbox at any moment.
+            since = time.monotonic() - self._resend_after_s
             try:
                 await self._database.run(self._send, [movement for came, movement in batch if came > since])
             except Exception:
@@ -85,10 +86,10 @@ class Relay:
         waited for, and if sending fails, it is tried again later.
         """
         age_s = datastore.outbox_age(engine)
-        behind, far_behind = (age_s > factor * self._resend_after_s for factor in (3, 10))
-        alarm = logging.ERROR if far_behind else logging.WARNING if behind else logging.INFO
-        if alarm != self._alarm:  # once when it begins, grows or ends
-            text = "outbox is behind" if behind else "outbox has caught up"
+        turns = age_s / self._resend_after_s
+        alarm = logging.ERROR if turns > 10 else logging.WARNING if turns > 3 else logging.INFO
+        if alarm != self._alarm:  # once at each change
+            text = "outbox is behind" if turns > 3 else "outbox has caught up"
             log.log(alarm, text, extra={"age_s": round(age_s)})
             self._alarm = alarm
         now_s, _ = self._redis.time()  # ids of entries begin with their time, by Redis' clock

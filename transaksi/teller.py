@@ -67,7 +67,7 @@ class Teller:
             batch = [self.queue.popleft() for _ in range(min(BATCH, len(self.queue)))]
             results = await self.database.run(self._settle, [movement for _, movement in batch])
             for (answer, _), result in zip(batch, results, strict=True):
-                if not answer.done():  # cancelled
+                if not answer.done():  # otherwise its caller waits no more
                     answer.set_result(result)
             self.committed([m for (_, m), result in zip(batch, results, strict=True) if result is m])
 
@@ -75,7 +75,7 @@ class Teller:
         """One result per movement, whatever the database does."""
         try:
             return self._post(engine, movements)
-        except DBAPIError as error:  # before COMMIT was sent
+        except DBAPIError as error:  # before COMMIT, whose own error `_post` answers
             if error.connection_invalidated and retry:  # a stale connection of the pool
                 return self._settle(engine, movements, retry=False)
             if data_refused(error) and len(movements) > 1:
