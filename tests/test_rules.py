@@ -40,10 +40,8 @@ def test_movements_in_batches_give_what_they_would_one_by_one(opening: Any, batc
     bank: dict[str, int] = dict(zip(ACCOUNTS, opening, strict=True))
     made: dict[Any, Movement] = {}
     for batch in batches:
-        accounts = bank.keys() & {m.no_rekening for m in batch}
-        balances = {account: bank[account] for account in accounts}
-        keys = made.keys() & {(m.no_rekening, m.idempotency_key) for m in batch}
-        found = {key: made[key] for key in keys}
+        balances = {m.no_rekening: bank[m.no_rekening] for m in batch if m.no_rekening in bank}
+        found = {key: made[key] for m in batch if (key := (m.no_rekening, m.idempotency_key)) in made}
         results = [(decide(m, balances, found), m) for m in batch]
         told = [r.remark if isinstance(r, Refusal) else (r is m, r) for r, m in results]
         assert told == [one_by_one(m, bank, made) for m in batch]

@@ -39,6 +39,7 @@ class Bank:
         self.servers, self.database, self.directory = servers, servers.database, servers.directory
         (self.directory / "sitecustomize.py").write_text(SITECUSTOMIZE)
         service = partial(servers.service, "transaksi", environment={"PYTHONPATH": str(self.directory)})
+        self.service = service
         # A long time limit, so that it is the queue that turns a flood of guesses away.
         self.transaksi = service("--workers", "2", "--request-timeout", "60", "--resend-after", "1")
         self.forgetful = service("--auth-cache-ttl", "0", "--request-timeout", "60")
@@ -106,6 +107,18 @@ def test_two_hundred_guesses_at_once_are_five_and_stop_nobody(bank: Bank, accoun
     assert (login.result(), served > 10) == ([200], True)
     assert (len(bank.comparisons()), *bank.database(ATTEMPTS, account)) == (2 + 4, (5, True))
     assert 20 < guessing.result().count(503) == 200 - guessing.result().count(401)  # 64 wait in a process
+
+
+def test_a_shared_check_outlives_the_first_who_asked(bank: Bank, account: str) -> None:
+    with ThreadPoolExecutor() as pool, bank.service("--request-timeout", "3") as brief:
+        (held := bank.directory / PIN).touch()
+        first = pool.submit(enter, brief, account, PIN)
+        eventually(bank.comparisons)
+        bank.database("SELECT pg_sleep(1)")  # so that the first alone reaches its time limit
+        second = pool.submit(enter, brief, account, PIN)
+        assert first.result() == [503]
+        held.unlink()
+    assert (second.result(), len(bank.comparisons())) == ([200], 1)
 
 
 def test_right_pin_is_compared_once_per_process_or_always_as_configured(bank: Bank, account: str) -> None:
