@@ -6,7 +6,7 @@ BIN = .venv/bin
 READY = .venv/ready
 UV = $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 INSTALL = $(UV) pip install --quiet --python .venv --require-hashes
-COMPILE = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header -q -U
+COMPILE = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate -q -U
 
 help:            ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -20,7 +20,7 @@ test: $(READY)   ## all tests but the long ones
 test-quick: $(READY)  ## the four scenarios and the HTTP contract, against API_URL if that is set
 	$(BIN)/pytest test_api.py
 
-test-long: $(READY) .venv/ready-long  ## the tests that take longer
+test-long: $(READY)  ## the tests that take longer
 	$(BIN)/pytest -m long
 
 bench: $(READY)  ## measure
@@ -38,22 +38,18 @@ format: $(READY) ## format the code
 
 lock: $(READY)   ## pin the newest allowed versions of everything, with hashes
 	$(COMPILE) pyproject.toml -o requirements.txt
-	$(COMPILE) pyproject.toml --group dev -c requirements.txt -o requirements-dev.txt
-	$(COMPILE) --group long -c requirements-dev.txt -o requirements-long.txt
+	@echo "-r requirements.txt" > requirements-dev.txt
+	$(COMPILE) --group dev -c requirements.txt $$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' requirements.txt) \
+		>> requirements-dev.txt
 
 # uv installs the packages. Where it is not on the PATH, pip brings the version pinned here.
-$(READY): requirements-dev.txt
+$(READY): requirements.txt requirements-dev.txt
 	@echo "Installing the packages of requirements-dev.txt into .venv (only the first time)"
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.13 ...")'
 	@$(PYTHON) -m venv --clear --without-pip .venv
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements-dev.txt > .venv/uv.txt
 	@test $(UV) != $(BIN)/uv || $(PYTHON) -m pip --python .venv install -q --disable-pip-version-check --require-hashes -r .venv/uv.txt
 	@$(INSTALL) -r requirements-dev.txt
-	@touch $@
-
-.venv/ready-long: requirements-long.txt $(READY)
-	@echo "Installing the packages of requirements-long.txt into .venv (only the first time)"
-	@$(INSTALL) -r requirements-long.txt
 	@touch $@
 
 .PHONY: help run test test-quick test-long bench lint format lock

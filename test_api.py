@@ -123,7 +123,9 @@ def test_sixty_four_requests_at_once_lose_and_make_no_money(agus: Customer) -> N
 # ------------------------------------------------------------ who may move which money
 
 
-def test_another_customers_account_looks_like_one_that_does_not_exist(budi: Customer, siti: Customer) -> None:
+def test_another_customers_account_looks_like_one_that_does_not_exist(
+    budi: Customer, siti: Customer
+) -> None:
     before = budi.balance(), siti.balance()
     for path, other in product(["/tabung", "/tarik"], [siti.no_rekening, NO_SUCH_ACCOUNT]):
         assert answer(budi.post(path, 1, no_rekening=other)) == UNKNOWN_ACCOUNT

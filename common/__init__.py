@@ -1,1 +1,1 @@
-"""What both services need: configuration, connections, telemetry."""
+"""What both services share: configuration, connections, telemetry and the message between them."""

@@ -1,22 +1,15 @@
-"""Configuration: options from the command line. Secrets stay in the environment, where nothing logs them."""
+"""Configuration: arguments, and the environment for secrets. Nothing is started here."""
 
-import logging
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-from common.telemetry import start_logging
-
-log = logging.getLogger(__name__)
-
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-Option = tuple[str, Any, Callable[[str], Any], str]  # name, default, type, help
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `low` to `high`."""
+def int_range(low: int, high: int) -> Callable[[str], int]:
+    """Return an argparse type for whole numbers from `low` to `high`."""
 
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
@@ -26,26 +19,37 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-OPTIONS: Sequence[Option] = (
-    ("--db-host", "127.0.0.1", str, "PostgreSQL host"),
-    ("--db-port", 5432, whole(1, 65_535), "PostgreSQL port"),
-    ("--db-name", "tabungan", str, "PostgreSQL database"),
-    ("--redis-host", "127.0.0.1", str, "Redis host"),
-    ("--redis-port", 6379, whole(1, 65_535), "Redis port"),
-)
+PORT = int_range(1, 65_535)
 
 
-def read_settings(service: str, description: str, options: Sequence[Option]) -> Namespace:
-    """Read the arguments and start logging. Exits if one is refused, or a secret is missing."""
-    parser = ArgumentParser(f"python -m {service}", description=description, allow_abbrev=False)
-    parser.formatter_class = ArgumentDefaultsHelpFormatter
-    for name, default, parse, meaning in (*OPTIONS, *options):
-        parser.add_argument(name, default=default, type=parse, help=meaning)
-    parser.add_argument("--log-level", default="INFO", type=str.upper, choices=LEVELS, help="lowest logged")
+def new_parser(service: str, description: str) -> ArgumentParser:
+    """Return a parser with the options that both services have."""
+    parser = ArgumentParser(
+        f"python -m {service}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--db-host", default="127.0.0.1", help="PostgreSQL host, or several with commas")
+    add("--db-port", default=5432, type=PORT, help="PostgreSQL port")
+    add("--db-name", default="tabungan", help="PostgreSQL database")
+    add("--redis-host", default="127.0.0.1", help="Redis host")
+    add("--redis-port", default=6379, type=PORT, help="Redis port")
+    add("--log-level", default="INFO", type=str.upper, choices=LOG_LEVELS, help="lowest level")
+    return parser
+
+
+def read_settings(parser: ArgumentParser) -> Namespace:
+    """Parse the arguments. Exits if one is invalid or a required secret is missing."""
     settings = parser.parse_args()
-    start_logging(service, settings.log_level)
     for name in ("DB_USER", "DB_PASSWORD"):
         if not os.environ.get(name):
-            log.critical("cannot start: the environment variable %s is missing", name)
-            sys.exit(1)
+            sys.exit(f"cannot start: the environment variable {name} is missing")
     return settings
+
+
+def development_passwords() -> list[str]:
+    """Return the names of the secrets that have the default of docker-compose.yml."""
+    names = ("DB_PASSWORD", "REDIS_PASSWORD")
+    return [name for name in names if os.environ.get(name, "").endswith("-dev")]

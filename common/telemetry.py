@@ -1,123 +1,136 @@
-"""Telemetry: JSON log lines on stdout, and the few helpers for OpenTelemetry traces."""
+"""Telemetry: JSON log lines on stdout, and helpers for OpenTelemetry traces."""
 
 import logging
-import os
 import sys
-import time
 import traceback
-from contextlib import AbstractContextManager
-from functools import cache
-from logging.handlers import QueueHandler, QueueListener
-from queue import Queue
-from typing import Any, NoReturn
+from contextlib import AbstractContextManager, suppress
+from datetime import UTC, datetime
+from typing import Any
 
+import orjson
+import structlog
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from pythonjsonlogger.core import RESERVED_ATTRS
-from pythonjsonlogger.orjson import OrjsonFormatter
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
+from structlog.contextvars import merge_contextvars
+from structlog.stdlib import ProcessorFormatter
+from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
-from common.connections import describe
+from common.connections import error_summary
 
-log = logging.getLogger(__name__)
+log: FilteringBoundLogger = structlog.get_logger()
 tracer = trace.get_tracer(__name__)
-
-FIELDS = ("asctime", "levelname", "message", "name")
-NAMES = {"asctime": "timestamp", "levelname": "level", "name": "logger", "exc_info": "exception"}
-_PROPAGATOR = TraceContextTextMapPropagator()
+propagator = TraceContextTextMapPropagator()
 
 
-class JsonFormatter(OrjsonFormatter):
-    """Writes times as RFC 3339 in UTC, and no error text of a server that prints data."""
+class Stdout:
+    """Writes log lines to stdout. A line that cannot be written is dropped, not raised."""
 
-    converter = staticmethod(time.gmtime)
-    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
-
-    def formatException(self, exc_info: Any) -> str:
-        kind, error, trail = exc_info
-        if isinstance(error, DBAPIError | RedisError):
-            return describe(error)
-        return f"{''.join(traceback.format_tb(trail))}{kind.__name__}: {error}"
-
-
-class Handler(QueueHandler):
-    """Queues records for a writer thread. Callers never wait: a full queue drops the record.
-
-    The next line has the number of those dropped before it, as `lines_dropped`.
-    """
-
-    queue: Queue[logging.LogRecord]
-    dropped = 0
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        span = trace.get_current_span().get_span_context()
-        if span.is_valid:
-            record.trace_id = trace.format_trace_id(span.trace_id)
-            record.span_id = trace.format_span_id(span.span_id)
-        if self.dropped:
-            record.lines_dropped, self.dropped = self.dropped, 0
-        return record  # formatted by the writer
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        self.dropped += 1 + getattr(record, "lines_dropped", 0)
+    def write(self, line: bytes) -> None:
+        with suppress(OSError):
+            sys.stdout.buffer.write(line)
 
     def flush(self) -> None:
-        """Wait until all lines are written, half a second at most: nobody may be reading stdout."""
-        deadline = time.monotonic() + 0.5
-        while self.queue.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.01)
+        with suppress(OSError):
+            sys.stdout.buffer.flush()
 
 
-@cache
+def add_trace(_: Any, __: str, event: EventDict) -> EventDict:
+    """Add the ids of the current span."""
+    span = trace.get_current_span().get_span_context()
+    if span.is_valid:
+        event["trace_id"] = trace.format_trace_id(span.trace_id)
+        event["span_id"] = trace.format_span_id(span.span_id)
+    return event
+
+
+def format_error(_: Any, __: str, event: EventDict) -> EventDict:
+    """Turn an exception into text. A server's own text may quote data, so it stays out."""
+    if exc_info := event.pop("exc_info", None):
+        kind, error, trail = exc_info if isinstance(exc_info, tuple) else sys.exc_info()
+        if isinstance(error, DBAPIError | RedisError):
+            event["error"] = error_summary(error)
+        elif kind:
+            event["error"] = f"{''.join(traceback.format_tb(trail))}{kind.__name__}: {error}"
+    return event
+
+
 def start_logging(service: str, level: str) -> None:
-    """Send the lines of all loggers, also of libraries, to stdout as JSON. A second call does nothing."""
-    queue: Queue[logging.LogRecord] = Queue(10_000)
-    writer = logging.StreamHandler(sys.stdout)
-    added, known = {"service": service}, [*RESERVED_ATTRS, "color_message"]
-    formatter = JsonFormatter(FIELDS, rename_fields=NAMES, static_fields=added, reserved_attrs=known)
-    writer.setFormatter(formatter)
-    QueueListener(queue, writer).start()
-    logging.basicConfig(level=level, handlers=[Handler(queue)], force=True)
+    """Log everything, libraries included, to stdout: one JSON object a line."""
+
+    def order_fields(_: Any, method: str, event: EventDict) -> EventDict:
+        """Put the fields that every line has first."""
+        return {
+            "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
+            "level": method.upper(),
+            "message": event.pop("event"),
+            "service": service,
+            **dict(sorted(event.items())),
+        }
+
+    def to_text(event: EventDict, **options: Any) -> str:
+        return orjson.dumps(event, **options).decode()
+
+    processors: list[Processor] = [merge_contextvars, add_trace, format_error, order_fields]
+    structlog.configure(
+        processors=[*processors, structlog.processors.JSONRenderer(orjson.dumps)],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.BytesLoggerFactory(Stdout()),  # type: ignore[arg-type]
+        cache_logger_on_first_use=True,
+    )
+    # Loggers of libraries: https://www.structlog.org/en/stable/standard-library.html
+    renderer = structlog.processors.JSONRenderer(to_text)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        ProcessorFormatter(
+            processors=[ProcessorFormatter.remove_processors_meta, *processors, renderer]
+        )
+    )
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
-    # Not collected, as no line shows them: https://docs.python.org/3/howto/logging.html#optimization
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
     sys.excepthook = lambda *error: log.critical("died", exc_info=error)
 
 
-def end_process() -> NoReturn:
-    """Send off log lines and spans, then end at once.
-
-    Python's own exit would wait for its threads: for a database that hangs, or an unread stdout.
-    """
-    getattr(trace.get_tracer_provider(), "force_flush", lambda _: None)(1000)
-    logging.getLogger().handlers[0].flush()
-    os._exit(0)
-
-
-def masked(no_rekening: str) -> str:
-    """An account number as logs and traces show it: the last four digits only."""
+def mask(no_rekening: str) -> str:
+    """Return an account number as logs and traces show it: only the last four digits."""
     return "*" * (len(no_rekening) - 4) + no_rekening[-4:]
 
 
-def traceparent() -> str | None:
-    """The current span as a W3C traceparent (https://www.w3.org/TR/trace-context/), None without a trace."""
+def current_traceparent() -> str | None:
+    """Return the current span as a W3C traceparent, or None without a trace.
+
+    https://www.w3.org/TR/trace-context/#traceparent-header
+    """
     carrier: dict[str, str] = {}
-    _PROPAGATOR.inject(carrier)
+    propagator.inject(carrier)
     return carrier.get("traceparent")
 
 
 def message_span(
-    operation: str, stream: str, parent: str, facts: dict[str, Any], started_ns: int | None = None
+    operation: str,
+    stream: str,
+    parent: str,
+    attributes: dict[str, Any],
+    started_ns: int | None = None,
 ) -> AbstractContextManager[trace.Span]:
-    """The span that sends ("send") or processes ("process") a stream message, after the span `parent`.
+    """Open the span that sends ("send") or processes ("process") a message.
 
-    Attributes: https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
+    It continues the trace of `parent`, a traceparent. Attributes:
+    https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
     """
-    facts = facts | {"messaging.system": "redis", "messaging.destination.name": stream}
-    facts |= {"messaging.operation.name": operation, "messaging.operation.type": operation}
-    kind = trace.SpanKind.PRODUCER if operation == "send" else trace.SpanKind.CONSUMER
-    context = _PROPAGATOR.extract({"traceparent": parent}, Context())
-    return tracer.start_as_current_span(f"{operation} {stream}", context, kind, facts, start_time=started_ns)
+    attributes = attributes | {
+        "messaging.system": "redis",
+        "messaging.destination.name": stream,
+        "messaging.operation.name": operation,
+        "messaging.operation.type": operation,
+    }
+    producer, consumer = trace.SpanKind.PRODUCER, trace.SpanKind.CONSUMER
+    return tracer.start_as_current_span(
+        f"{operation} {stream}",
+        context=propagator.extract({"traceparent": parent}, Context()),
+        kind=producer if operation == "send" else consumer,
+        attributes=attributes,
+        start_time=started_ns,
+    )

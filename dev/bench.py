@@ -41,10 +41,17 @@ WHERE selisih_transaksi <> 0 OR selisih_mutasi <> 0 AND no_rekening < '7'"""
 # A subquery, because without statistics the plan of a join reads the whole journal.
 BOOKED = """SELECT id_transaksi, no_rekening, (SELECT saldo_akhir FROM transaksi WHERE id = id_transaksi)
 FROM mutasi WHERE id_transaksi > %s"""
-COSTS = ("own us", "mutasi us", "PostgreSQL us", "Redis us")  # CPU per request; own: of the server under load
+COSTS = (
+    "own us",
+    "mutasi us",
+    "PostgreSQL us",
+    "Redis us",
+)  # CPU per request; own: of the server under load
 MEMORY = ("transaksi MiB", "mutasi MiB")
 COLUMNS = ("a second", "p50 ms", "p99 ms", "beside/s", "booked s", *COSTS, "generator us", *MEMORY)
-RATIOS: tuple[tuple[str, ...], ...] = (  # name, column, load, the loads by whose highest figure it is divided
+RATIOS: tuple[
+    tuple[str, ...], ...
+] = (  # name, column, load, the loads by whose highest figure it is divided
     ("tabung / no-op", "a second", "tabung, 64", "no-op, 64"),
     ("no-op / tabung by CPU", "own us", "no-op, 64", "tabung, 64"),
     ("hot account / 1,000 accounts", "a second", "hot account, 64", "tabung, 64"),
@@ -235,7 +242,11 @@ class Bench:
     def report(self) -> None:
         """Print the loads, then the ratios."""
         figures = {name: got for name, got in self.figures.items() if name not in self.failures}
-        shown = [c for c in COLUMNS if any(c in figure for rounds in figures.values() for figure in rounds)]
+        shown = [
+            c
+            for c in COLUMNS
+            if any(c in figure for rounds in figures.values() for figure in rounds)
+        ]
         print(platform.platform(), f"{CORES} cores, Python {platform.python_version()}")
         row("load, connections", *shown)
         for name, rounds in figures.items():
@@ -245,7 +256,9 @@ class Bench:
         row("ratio", "median", "least", "most")
         for ratio, column, *loads in RATIOS:
             columns = ([figure[column] for figure in figures.get(load, [])] for load in loads)
-            if got := [mine / max(others, default=1) for mine, *others in zip(*columns, strict=False)]:
+            if got := [
+                mine / max(others, default=1) for mine, *others in zip(*columns, strict=False)
+            ]:
                 row(ratio, median(got), min(got), max(got))
         for name, failure in self.failures.items():
             row(name, failure)
@@ -265,15 +278,23 @@ def row(name: str = "", *cells: float | str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m dev.bench", description=__doc__)
-    parser.add_argument("--seconds", type=int, default=2, help="of each load (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=int, default=2, help="of each load (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="LOAD", help="those whose names begin so")
-    parser.add_argument("--long", action="store_true", help="instead: memory after 1,000,000 movements")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="LOAD", help="those whose names begin so"
+    )
+    parser.add_argument(
+        "--long", action="store_true", help="instead: memory after 1,000,000 movements"
+    )
     options = parser.parse_args()
     with ExitStack() as stack:
         bench = Bench(stack)
         warm = Load(bench.transaksi.port, [http("/tabung", no) for no in bench.accounts], 8, inf)
-        bench.attempt("first requests, 1,000 customers", lambda: bench.measure(bench.transaksi, warm))
+        bench.attempt(
+            "first requests, 1,000 customers", lambda: bench.measure(bench.transaksi, warm)
+        )
         for n in range(1, 11 if options.long else 1):
             bench.attempt(f"{n}00,000 sent" if n < 10 else "1,000,000 sent", bench.grow)
         loads = {} if options.long else bench.loads(options.seconds)

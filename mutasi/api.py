@@ -1,33 +1,103 @@
-"""The incoming edge: the plain blocking XREAD loop."""
+"""The incoming edge: a plain blocking XREAD loop, and the dead letters."""
 
-import logging
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
+from typing import Any
 
+import structlog
 from redis import Redis
+from redis.exceptions import ResponseError
 from sqlalchemy import Engine
+from structlog.typing import FilteringBoundLogger
 
-from mutasi.app import process
-from mutasi.datastore import read_entries
+from common.stream import STREAM
+from mutasi import datastore
+from mutasi.app import BadMessage, Message, store
 
-log = logging.getLogger(__name__)
+log: FilteringBoundLogger = structlog.get_logger()
 
-ALIVE = Path(tempfile.gettempdir(), "mutasi.alive")
+DEAD_LETTERS = f"{STREAM}:dead-letter"
+MAX_DEAD_LETTERS = 10_000
+BATCH = 1000
+BLOCK_MS = 500
 
 
-def consume(engine: Engine, redis: Redis, batch_size: int, stopping: Event) -> None:
-    """Process what the stream brings until `stopping`; touches `ALIVE` each turn, for the health check.
+class LifeSign:
+    """A file that the health check looks at. It lies in a directory of this process's own."""
 
-    Retries with a growing pause, for example while a server is away: the entries stay in the stream.
+    path: Path | None = None
+
+    def touch(self) -> None:
+        """Show that PostgreSQL and Redis were just reached. A failure is logged once."""
+        try:
+            if self.path is None:
+                self.path = Path(tempfile.mkdtemp(prefix="mutasi-"), "alive")
+            self.path.touch()
+        except OSError as error:
+            log.warning("no health file", reason=str(error))
+            self.touch = lambda: None  # type: ignore[method-assign]
+
+
+def consume(engine: Engine, redis: Redis, stopping: Event) -> None:
+    """Process what the stream brings until `stopping`.
+
+    After an error it connects anew and tries again with a growing pause: the messages are
+    still in the stream.
     """
     pause_s = 0.0
+    life_sign = LifeSign()
     while not stopping.wait(pause_s):
         try:
-            ALIVE.touch()
-            if messages := read_entries(redis, batch_size):
+            if messages := read_messages(redis):
                 process(engine, redis, messages)
+            else:
+                datastore.ping(engine)
+            life_sign.touch()
             pause_s = 0.0
         except Exception:
             log.exception("processing failed")
+            redis.connection_pool.disconnect()
             pause_s = min(pause_s + 0.25, 5.0)
+
+
+def process(engine: Engine, redis: Redis, messages: Sequence[Message]) -> None:
+    """Store messages, delete them from the stream, then move the bad ones aside.
+
+    In this order, because in a full Redis only the deletion makes room for dead letters.
+    After a crash in between, messages are redelivered and ignored as duplicates.
+    """
+    bad = store(engine, messages)
+    refused = {one.message.entry for one in bad}
+    if stored := [m.entry for m in messages if m.entry not in refused]:
+        redis.xdel(STREAM, *stored)
+    for one in bad:
+        move_to_dead_letters(redis, one)
+    log.debug("batch processed", stored=len(stored), bad=len(bad))
+
+
+def read_messages(redis: Redis) -> list[Message]:
+    """Read the oldest entries of the stream; wait half a second for the first.
+
+    Always from 0: what was processed is deleted, so an entry that is still there was not.
+    """
+    reply: Any = redis.xread({STREAM: 0}, count=BATCH, block=BLOCK_MS)
+    return [Message(entry, fields) for _, entries in reply for entry, fields in entries]
+
+
+def move_to_dead_letters(redis: Redis, bad: BadMessage) -> None:
+    """Copy a bad message to the dead letters, then delete it.
+
+    It is deleted even if Redis refuses the copy, for example because it is full: every true
+    movement is in the outbox, and bad messages must not block the stream.
+    """
+    entry = bad.message.entry
+    letter: dict[Any, Any] = bad.message.fields | {b"reason": bad.reason, b"entry": entry}
+    kept = False
+    with suppress(ResponseError):
+        redis.xadd(DEAD_LETTERS, letter, maxlen=MAX_DEAD_LETTERS)
+        kept = True
+    redis.xdel(STREAM, entry)
+    log.error("bad message", entry=entry.decode(), reason=bad.reason, dead_letter=kept)

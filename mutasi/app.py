@@ -1,54 +1,88 @@
-"""What is done with messages: store each movement once, move bad messages to the dead letters."""
+"""Business logic: book each movement once, and tell bad messages from good ones."""
 
-import logging
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
-from redis import Redis
-from sqlalchemy import Engine
+import structlog
+from sqlalchemy import Engine, RowMapping
 from sqlalchemy.exc import DBAPIError
+from structlog.typing import FilteringBoundLogger
 
-from common.connections import data_refused, describe
-from common.telemetry import masked, message_span
+from common.connections import error_summary, is_data_error
+from common.stream import STREAM, MutationRequest, parse_error
+from common.telemetry import message_span
 from mutasi import datastore
-from mutasi.datastore import STREAM, Message
 
-log = logging.getLogger(__name__)
+log: FilteringBoundLogger = structlog.get_logger()
 
 
-def process(engine: Engine, redis: Redis, messages: list[Message]) -> None:
-    """Store the good messages, then set the bad ones aside.
+@dataclass(frozen=True)
+class Message:
+    """A stream entry: its id, and its fields as they came."""
 
-    In this order, since in a full Redis only the deletion of stored messages makes room for dead letters.
+    entry: bytes
+    fields: dict[bytes, bytes]
+
+
+@dataclass(frozen=True)
+class BadMessage:
+    """A message that cannot be booked, and why."""
+
+    message: Message
+    reason: str
+
+
+def store(engine: Engine, messages: Iterable[Message]) -> list[BadMessage]:
+    """Book the movements of the good messages. Returns the bad ones.
+
+    Raises DBAPIError if the database is unavailable; then the messages can be stored again.
     """
-    for message, reason in store(engine, redis, messages):
-        datastore.set_aside(redis, message, reason)
-        log.error("message moved to dead letters", extra={"entry": message[0].decode(), "reason": reason})
-
-
-def store(engine: Engine, redis: Redis, messages: list[Message]) -> list[tuple[Message, str]]:
-    """Store messages, then delete them from the stream. Returns the bad ones, each with the reason.
-
-    After a crash in between the messages come again, and are in the book already. A bad message is one whose
-    data the database refuses; it is found by halving. Any other error is raised: nothing is deleted.
-    """
-    started_ns = time.time_ns()
+    good: list[tuple[Message, MutationRequest]] = []
+    bad: list[BadMessage] = []
+    for message in messages:
+        try:
+            good.append((message, MutationRequest.from_entry(message.fields)))
+        except ValueError as error:
+            bad.append(BadMessage(message, parse_error(error)))
     try:
-        movements = datastore.insert_mutations(engine, messages)
+        book(engine, [request for _, request in good])
     except DBAPIError as error:
-        if not data_refused(error):
+        if not is_data_error(error):
             raise
-        if len(messages) == 1:
-            return [(messages[0], describe(error))]
-        middle = len(messages) // 2
-        return store(engine, redis, messages[:middle]) + store(engine, redis, messages[middle:])
-    if len(messages) > len(movements):
-        log.warning("duplicate messages ignored", extra={"count": len(messages) - len(movements)})
-    for movement in movements:
-        context = movement._asdict() | {"no_rekening": masked(movement.no_rekening)}
-        parent = context.pop("traceparent")
-        with message_span("process", STREAM, parent, context, started_ns) if parent else nullcontext():
-            log.info("mutation stored", extra=context)
-    datastore.delete_entries(redis, messages)
-    log.debug("batch stored", extra={"count": len(messages)})
-    return []
+        bad += book_one_by_one(engine, good)
+    return bad
+
+
+def book_one_by_one(
+    engine: Engine, messages: Iterable[tuple[Message, MutationRequest]]
+) -> Iterable[BadMessage]:
+    """Book movements in a transaction each. Yields the messages that the database refuses."""
+    for message, request in messages:
+        try:
+            book(engine, [request])
+        except DBAPIError as error:
+            if not is_data_error(error):
+                raise
+            yield BadMessage(message, error_summary(error))
+
+
+def book(engine: Engine, requests: Sequence[MutationRequest]) -> None:
+    """Book movements in one transaction, and log the new ones."""
+    if not requests:
+        return
+    started_ns = time.time_ns()
+    new = datastore.book(engine, requests)
+    parents = {request.id_transaksi: request.traceparent for request in requests}
+    for row in new:
+        log_stored(row, parents[row["id_transaksi"]], started_ns)
+    if duplicates := len(requests) - len(new):
+        log.warning("duplicate messages ignored", count=duplicates)
+
+
+def log_stored(row: RowMapping, parent: str | None, started_ns: int) -> None:
+    """Log a booked movement as the database has it, and continue its trace."""
+    context = MutationRequest.model_validate(dict(row)).log_context()
+    with message_span("process", STREAM, parent, context, started_ns) if parent else nullcontext():
+        log.info("mutation stored", **context)

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from conftest import Customer, Database, Servers
+from tests.support import Customer, Database, Servers
 
 Customers = Callable[..., Customer]
 
@@ -223,4 +223,7 @@ def test_openapi_document_tells_the_truth(url: str) -> None:
     assert key["schema"]["pattern"] == "^[ -~]{1,255}$"
     assert limit["schema"].items() >= {"minimum": 1, "maximum": 100, "default": 20}.items()
     defaults = {parameter["name"]: parameter["schema"]["default"] for parameter in (before, limit)}
-    assert httpx.get(f"{url}/mutasi", params=defaults, auth=("1234567890", "123456")).status_code == 200
+    assert (
+        httpx.get(f"{url}/mutasi", params=defaults, auth=("1234567890", "123456")).status_code
+        == 200
+    )

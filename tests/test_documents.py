@@ -10,7 +10,9 @@ def test_links_files_and_tests_named_in_documents_exist() -> None:
     for document in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         text = document.read_text()
         links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
-        files = re.findall(r"`((?:common|transaksi|mutasi|tests|dev|docs)/[\w/.-]+|test_api\.py)", text)
+        files = re.findall(
+            r"`((?:common|transaksi|mutasi|tests|dev|docs)/[\w/.-]+|test_api\.py)", text
+        )
         names = re.findall(r"\btest_\w+\b(?!\.py)", text)
         missing = [link for link in links if not (document.parent / link).exists()]
         missing += [file for file in files if not (ROOT / file).exists()]

@@ -22,8 +22,8 @@ import httpx
 import psutil
 import pytest
 
-from conftest import PIN, Servers, eventually, log_lines, new_servers
 from dev.local import Server, Service
+from tests.support import PIN, Servers, eventually, log_lines, new_servers
 
 KINDS = ("tabung", "tarik")
 STREAM, DEAD_LETTER = "mutasi", "mutasi:dead-letter"
@@ -114,9 +114,13 @@ class Bank:
             if not server.running:
                 server.start()
 
-    def load(self, *services: Service, requests: Sequence[Request] = (), connections: int = 16) -> Load:
+    def load(
+        self, *services: Service, requests: Sequence[Request] = (), connections: int = 16
+    ) -> Load:
         """Send these at once, each on a connection of its own; without any, endless ones."""
-        endless = iter(lambda: Request(choice(self.accounts), choice(KINDS), randint(1, 1000)), None)
+        endless = iter(
+            lambda: Request(choice(self.accounts), choice(KINDS), randint(1, 1000)), None
+        )
         urls = [service.url for service in services or [self.transaksi]]
         self.loads.append(Load(requests or endless, urls, len(requests) or connections))
         return self.loads[-1]
@@ -132,10 +136,14 @@ class Bank:
     @contextmanager
     def queued(self, requests: Sequence[Request], *services: Service) -> Iterator[Load]:
         """Send these while the first account is locked; the block begins when they wait."""
-        with self.sql.holding("SELECT FROM rekening WHERE no_rekening = %s FOR UPDATE", self.accounts[0]):
+        with self.sql.holding(
+            "SELECT FROM rekening WHERE no_rekening = %s FOR UPDATE", self.accounts[0]
+        ):
             load = self.load(*services, requests=requests)
             eventually(lambda: self.sql(f"SELECT 1 FROM {WAITING}"))
-            for service in (services or (self.transaksi,)) * 20:  # so that its event loop goes round
+            for service in (
+                services or (self.transaksi,)
+            ) * 20:  # so that its event loop goes round
                 get(service, "/openapi.json")
             yield load
         with load:
@@ -201,10 +209,14 @@ def hung(server: Server) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
-def test_what_redis_loses_is_sent_again_and_no_plan_reads_a_whole_table(bank: Bank, times: int) -> None:
+def test_what_redis_loses_is_sent_again_and_no_plan_reads_a_whole_table(
+    bank: Bank, times: int
+) -> None:
     """The first test: a plan made while the tables are small must not read the whole of them."""
     trim = partial(bank.stream.xtrim, STREAM, maxlen=10, approximate=False)
-    wipe = partial(shutil.rmtree, bank.redis.directory / "appendonlydir")  # as if its volume were lost
+    wipe = partial(
+        shutil.rmtree, bank.redis.directory / "appendonlydir"
+    )  # as if its volume were lost
     bank.sql.audit()
     bank.sql("ANALYZE")
     # Our own sessions scan tables; they have been counted when the session is gone.
@@ -218,7 +230,9 @@ def test_what_redis_loses_is_sent_again_and_no_plan_reads_a_whole_table(bank: Ba
             with hung(bank.mutasi):
                 load.wait()
                 eventually(lambda: bank.stream.xlen(STREAM) > 60)
-                bank.stream.xdel(STREAM, *[entry for entry, _ in bank.stream.xrevrange(STREAM, count=10)])
+                bank.stream.xdel(
+                    STREAM, *[entry for entry, _ in bank.stream.xrevrange(STREAM, count=10)]
+                )
                 lose()
                 bank.redis.stop(SIGKILL)
                 bank.redis.start()
@@ -261,7 +275,10 @@ def test_kill_9_loses_nothing_and_moves_nothing_twice(bank: Bank, rounds: int) -
 
 
 def test_a_full_queue_refuses_the_surplus_and_sigterm_answers_what_was_accepted(bank: Bank) -> None:
-    with bank.service("transaksi", "--max-queue", "5", *PATIENT) as full, ThreadPoolExecutor() as pool:
+    with (
+        bank.service("transaksi", "--max-queue", "5", *PATIENT) as full,
+        ThreadPoolExecutor() as pool,
+    ):
         get(full, "/saldo", bank.accounts[0])  # so that the PIN is known
         with bank.queued(bank.deposits(60), full) as load:
             eventually(lambda: len(load.sent) >= 30)
@@ -274,7 +291,9 @@ def test_a_full_queue_refuses_the_surplus_and_sigterm_answers_what_was_accepted(
     assert not any(r.unknown for r in load.sent)
 
 
-def test_a_refused_movement_fails_alone_and_an_unexpected_error_is_answered_as_unknown(bank: Bank) -> None:
+def test_a_refused_movement_fails_alone_and_an_unexpected_error_is_answered_as_unknown(
+    bank: Bank,
+) -> None:
     bank.sql("ALTER TABLE transaksi ADD CONSTRAINT bad CHECK (nominal <> 666) NOT VALID")
     requests = [Request(bank.accounts[n % 4], nominal=666 - n % 15) for n in range(30)]
     with bank.queued(requests):  # so that they make one batch
@@ -299,24 +318,32 @@ def test_postgresql_restarted_or_its_sessions_terminated_harms_nobody(bank: Bank
         for _ in range(2):  # the first time fills the connection pools
             bank.sql.server.start()  # stops it first; then nobody meets a stale connection
             new = [bank.sql.open_account() for _ in range(8)]
-            reads = pool.map(lambda account: get(bank.transaksi, "/saldo", account).status_code, new)
+            reads = pool.map(
+                lambda account: get(bank.transaksi, "/saldo", account).status_code, new
+            )
             assert bank.send([Request(account) for account in new]) | {*reads} == {200}
     with bank.load() as load:
         for signal in (SIGQUIT, SIGINT):  # a crash and a fast shutdown
             load.wait()
             bank.sql.server.stop(signal)
             load.wait(32, 503)
-            away = [get(bank.transaksi, p, bank.accounts[0]) for p in ("/health", "/saldo", "/mutasi")]
+            away = [
+                get(bank.transaksi, p, bank.accounts[0]) for p in ("/health", "/saldo", "/mutasi")
+            ]
             assert {(a.status_code, a.headers["Retry-After"]) for a in away} == {(503, "1")}
             bank.sql.server.start()
         for role in ("transaksi", "mutasi") * 3:
             load.wait(20)
-            bank.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", role)
+            bank.sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", role
+            )
         load.wait(20)
     assert load.statuses().keys() == {200, 503}
 
 
-def test_a_connection_that_breaks_is_retried_once_before_commit_and_unknown_at_commit(bank: Bank) -> None:
+def test_a_connection_that_breaks_is_retried_once_before_commit_and_unknown_at_commit(
+    bank: Bank,
+) -> None:
     once, twice, late = deposits = bank.deposits(3)
     for deposit, breaks in ((once, 1), (twice, 2)):
         with bank.queued([deposit]):
@@ -404,7 +431,9 @@ def test_movements_that_waited_in_memory_for_long_are_sent_once(bank: Bank) -> N
         assert bank.stream.xlen(STREAM) == 21
 
 
-def test_redis_full_or_with_ids_ahead_of_the_clock_loses_nothing_and_causes_no_loop(bank: Bank) -> None:
+def test_redis_full_or_with_ids_ahead_of_the_clock_loses_nothing_and_causes_no_loop(
+    bank: Bank,
+) -> None:
     with hung(bank.mutasi):
         bad = bank.stream.xadd(STREAM, {"nominal": "bad"}, id="9999999999999-0")
         began = time.monotonic()
@@ -427,7 +456,9 @@ def test_what_an_operator_can_mend_is_no_poison(bank: Bank) -> None:
     bank.sql("REVOKE INSERT ON mutasi FROM mutasi")
     bank.send(bank.deposits(10))
     eventually(lambda: len(log_lines(bank.mutasi, "processing failed")) >= 2)  # it is retried
-    assert log_lines(bank.mutasi, "processing failed")[0]["exception"] == "InsufficientPrivilege 42501"
+    assert (
+        log_lines(bank.mutasi, "processing failed")[0]["exception"] == "InsufficientPrivilege 42501"
+    )
     bank.stream.xadd(STREAM, bank.stream.xrange(STREAM)[0][1])  # a movement twice in a batch
     bank.stream.acl_setuser("default", enabled=True, commands=["-xdel"])
     bank.sql("GRANT INSERT ON mutasi TO mutasi")
@@ -439,14 +470,19 @@ def test_what_an_operator_can_mend_is_no_poison(bank: Bank) -> None:
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.long)])
-def test_bad_and_forged_messages_are_set_aside_and_the_true_ones_booked(bank: Bank, count: int) -> None:
+def test_bad_and_forged_messages_are_set_aside_and_the_true_ones_booked(
+    bank: Bank, count: int
+) -> None:
     wrong: dict[str, dict[str, bytes]] = {  # by the reason: fields, each with values for it
         "InvalidTextRepresentation": {
             "nominal": b"|\xd9\xa1\xd9\xa2|5.0",
             "id_transaksi": b"x",
             "jenis_transaksi": b"setor|Tarik|\xff",
         },
-        "NumericValueOutOfRange": {"nominal": b"7" * 1_000_000, "id_transaksi": b"9999999999999999999"},
+        "NumericValueOutOfRange": {
+            "nominal": b"7" * 1_000_000,
+            "id_transaksi": b"9999999999999999999",
+        },
         "UntranslatableCharacter": {"id_transaksi": b"\x00", "traceparent": b"\x00"},
         "InvalidTimeZoneDisplacementValue": {"tanggal_transaksi": b"2026-01-31T00:00:00+99:99"},
         "DatetimeFieldOverflow": {"tanggal_transaksi": b"2026-02-30T00:00:00+07:00"},
@@ -467,7 +503,10 @@ def test_bad_and_forged_messages_are_set_aside_and_the_true_ones_booked(bank: Ba
         *true, last = [fields for _, fields in bank.stream.xrange(STREAM)]  # the last one gets lost
         to_come = last | {b"id_transaksi": b"%d" % (max(unbooked)[0] + 1)}
         bad = [({b"id_transaksi": b"1"}, "NotNullViolation"), (to_come, "ForeignKeyViolation")]
-        odd = [true[1] | {b"f%d" % n: b"\xff" for n in range(1000)}, true[2] | {b"": b"", b"\xff": b"\x00"}]
+        odd = [
+            true[1] | {b"f%d" % n: b"\xff" for n in range(1000)},
+            true[2] | {b"": b"", b"\xff": b"\x00"},
+        ]
         odd += [message | {b"traceparent": b"\xff" * 100_000} for message in true[3:5]]
         for reason, fields in wrong.items():
             for name, values in fields.items():

@@ -17,8 +17,8 @@ import pytest
 import sqlalchemy
 
 from common.telemetry import JsonFormatter
-from conftest import Customer, Servers, eventually, log_lines, new_servers
 from dev.local import ROOT, Service
+from tests.support import Customer, Servers, eventually, log_lines, new_servers
 from transaksi.datastore import Base
 
 Bank = tuple[Servers, list[Service]]
@@ -90,7 +90,9 @@ def test_failed_start_is_one_clear_line(servers: Servers) -> None:
             service.start()
 
 
-def test_services_recover_and_log_settings_movements_and_refusals(bank: Bank, customer: Customers) -> None:
+def test_services_recover_and_log_settings_movements_and_refusals(
+    bank: Bank, customer: Customers
+) -> None:
     """They started before their servers, and have no password for Redis, which asks for none."""
     servers, (transaksi, mutasi, *_) = bank
     ani = customer(transaksi.url, servers.database.open_account())
@@ -109,12 +111,16 @@ def test_services_recover_and_log_settings_movements_and_refusals(bank: Bank, cu
         {"message": "starting", "db_port": servers.postgres.port, "max_pin_failures": 5},
         deposit | {"message": "movement accepted", "path": "/tabung", "saldo": 50},
         deposit | {"message": "mutation stored", "service": "mutasi"},
-        who | {"level": "WARNING", "status": 400, "remark": "Saldo tidak mencukupi.", "nominal": 51},
+        who
+        | {"level": "WARNING", "status": 400, "remark": "Saldo tidak mencukupi.", "nominal": 51},
         who | {"level": "WARNING", "status": 401, "reason": "wrong PIN"},
     ):
         assert sum(line.items() >= facts.items() for line in lines) == 1, facts
     assert min(line["duration_ms"] for line in lines if "path" in line) > 0
-    assert max((line["level"], line["count"]) for line in log_lines(mutasi, "batch stored")) == ("DEBUG", 2)
+    assert max((line["level"], line["count"]) for line in log_lines(mutasi, "batch stored")) == (
+        "DEBUG",
+        2,
+    )
     assert "DEBUG" not in {line["level"] for line in log_lines(transaksi)}
 
 
@@ -126,7 +132,9 @@ def test_workers_are_processes_and_all_stop_in_order(bank: Bank) -> None:
 
 def test_unexpected_error_is_told_without_its_cause() -> None:
     with pytest.raises(ValueError, match="shown") as caught:
-        raise ValueError("shown") from sqlalchemy.exc.DBAPIError("hidden", {}, psycopg2.Error("hidden"))
+        raise ValueError("shown") from sqlalchemy.exc.DBAPIError(
+            "hidden", {}, psycopg2.Error("hidden")
+        )
     told = JsonFormatter().formatException((caught.type, caught.value, caught.tb))
     assert re.fullmatch(f'  File "{__file__}", line (?s:.*)\nValueError: shown', told)
     assert "hidden" not in told.replace('"hidden"', "")  # the line of code above

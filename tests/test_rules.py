@@ -41,7 +41,9 @@ def test_movements_in_batches_give_what_they_would_one_by_one(opening: Any, batc
     made: dict[Any, Movement] = {}
     for batch in batches:
         balances = {m.no_rekening: bank[m.no_rekening] for m in batch if m.no_rekening in bank}
-        found = {key: made[key] for m in batch if (key := (m.no_rekening, m.idempotency_key)) in made}
+        found = {
+            key: made[key] for m in batch if (key := (m.no_rekening, m.idempotency_key)) in made
+        }
         results = [(decide(m, balances, found), m) for m in batch]
         told = [r.remark if isinstance(r, Refusal) else (r is m, r) for r, m in results]
         assert told == [one_by_one(m, bank, made) for m in batch]

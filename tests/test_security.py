@@ -10,8 +10,8 @@ import httpx
 import pytest
 from psycopg2.errors import FeatureNotSupported
 
-from conftest import PIN, PIN_HASH, Customer, Servers, eventually, log_lines, new_servers
 from dev.local import Service
+from tests.support import PIN, PIN_HASH, Customer, Servers, eventually, log_lines, new_servers
 
 Customers = Callable[..., Customer]
 MESSAGE = {"id_transaksi": "17", "tanggal_transaksi": "2026-01-31T23:59:59.123456+07:00"}
@@ -38,7 +38,9 @@ class Bank:
     def __init__(self, servers: Servers) -> None:
         self.servers, self.database, self.directory = servers, servers.database, servers.directory
         (self.directory / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        service = partial(servers.service, "transaksi", environment={"PYTHONPATH": str(self.directory)})
+        service = partial(
+            servers.service, "transaksi", environment={"PYTHONPATH": str(self.directory)}
+        )
         self.service = service
         # A long time limit, so that it is the queue that turns a flood of guesses away.
         self.transaksi = service("--workers", "2", "--request-timeout", "60", "--resend-after", "1")
@@ -70,23 +72,35 @@ def enter(service: Service, account: str, *pins: str) -> list[int]:
     """The statuses that these PINs get at once, each over a connection of its own, to any process."""
     get = partial(httpx.get, f"{service.url}/saldo", timeout=60, verify=False)
     with ThreadPoolExecutor(len(pins)) as clients:
-        return [answer.status_code for answer in clients.map(lambda pin: get(auth=(account, pin)), pins)]
+        return [
+            answer.status_code for answer in clients.map(lambda pin: get(auth=(account, pin)), pins)
+        ]
 
 
 def test_five_failures_lock_an_account_over_workers_and_a_restart(bank: Bank, account: str) -> None:
     wrong = GUESSES[:5]
     assert enter(bank.forgetful, account, *wrong[:4]) == [401] * 4
-    assert (enter(bank.forgetful, account, PIN), bank.database(ATTEMPTS, account)) == ([200], [(0, None)])
+    assert (enter(bank.forgetful, account, PIN), bank.database(ATTEMPTS, account)) == (
+        [200],
+        [(0, None)],
+    )
     assert enter(bank.transaksi, account, *wrong) == [401] * 5
     row = "SELECT terkunci_sampai - now(), xmin::text FROM kredensial WHERE no_rekening = %s"
     ((left, version),) = bank.database(row, account)
     assert 10 * 60 < left.total_seconds() <= 15 * 60
     with bank.servers.service("transaksi", "--auth-cache-ttl", "2") as later:
-        assert enter(bank.transaksi, account, PIN, *wrong) == enter(later, account, PIN, *wrong) == [401] * 6
+        assert (
+            enter(bank.transaksi, account, PIN, *wrong)
+            == enter(later, account, PIN, *wrong)
+            == [401] * 6
+        )
         assert bank.database(row, account)[0][1] == version  # attempts during a lock write nothing
         for pin, status, attempts in ((wrong[0], 401, (6, True)), (PIN, 200, (0, None))):
             bank.database(LOCK, "-1 second", account)
-            assert (enter(later, account, pin), bank.database(ATTEMPTS, account)) == ([status], [attempts])
+            assert (enter(later, account, pin), bank.database(ATTEMPTS, account)) == (
+                [status],
+                [attempts],
+            )
         bank.database(LOCK, "1 hour", account)
         eventually(lambda: enter(later, account, PIN) == [401])  # remembered for two seconds
 
@@ -106,7 +120,9 @@ def test_two_hundred_guesses_at_once_are_five_and_stop_nobody(bank: Bank, accoun
         held.unlink()  # the login is one of the five attempts, and erases none that came after it
     assert (login.result(), served > 10) == ([200], True)
     assert (len(bank.comparisons()), *bank.database(ATTEMPTS, account)) == (2 + 4, (5, True))
-    assert 20 < guessing.result().count(503) == 200 - guessing.result().count(401)  # 64 wait in a process
+    assert (
+        20 < guessing.result().count(503) == 200 - guessing.result().count(401)
+    )  # 64 wait in a process
 
 
 def test_a_shared_check_outlives_the_first_who_asked(bank: Bank, account: str) -> None:
@@ -121,7 +137,9 @@ def test_a_shared_check_outlives_the_first_who_asked(bank: Bank, account: str) -
     assert (second.result(), len(bank.comparisons())) == ([200], 1)
 
 
-def test_right_pin_is_compared_once_per_process_or_always_as_configured(bank: Bank, account: str) -> None:
+def test_right_pin_is_compared_once_per_process_or_always_as_configured(
+    bank: Bank, account: str
+) -> None:
     for _ in range(2):  # at once they share a comparison, later it is remembered
         assert set(enter(bank.transaksi, account, *[PIN] * 64)) == {200}
     processes = bank.comparisons()
@@ -133,7 +151,9 @@ def test_right_pin_is_compared_once_per_process_or_always_as_configured(bank: Ba
 def test_every_401_is_the_same_after_300_ms_and_one_comparison(bank: Bank, account: str) -> None:
     bank.database(LOCK, "1 hour", locked := bank.database.open_account())
     wrong = ((account, "000000"), ("9999999999", PIN), (locked, PIN), (locked, "000000"))
-    answers = [httpx.get(f"{bank.transaksi.url}/saldo", auth=pair) for pair in (*wrong, ("malformed", PIN))]
+    answers = [
+        httpx.get(f"{bank.transaksi.url}/saldo", auth=pair) for pair in (*wrong, ("malformed", PIN))
+    ]
     assert min(answer.elapsed.total_seconds() for answer in answers) > 0.3
     for answer in answers:
         del answer.headers["Date"]
@@ -171,13 +191,17 @@ def test_roles_have_just_the_rights_that_the_services_need(bank: Bank) -> None:
 
 
 @pytest.mark.parametrize("book", ["transaksi", "mutasi"])
-@pytest.mark.parametrize("change", ["UPDATE {} SET nominal = 1", "DELETE FROM {}", "TRUNCATE {} CASCADE"])
+@pytest.mark.parametrize(
+    "change", ["UPDATE {} SET nominal = 1", "DELETE FROM {}", "TRUNCATE {} CASCADE"]
+)
 def test_books_are_append_only_even_for_their_owner(bank: Bank, book: str, change: str) -> None:
     with pytest.raises(FeatureNotSupported, match="append-only"):
         bank.database(change.format(book))
 
 
-def test_text_of_server_errors_is_told_nowhere(bank: Bank, account: str, customer: Customers) -> None:
+def test_text_of_server_errors_is_told_nowhere(
+    bank: Bank, account: str, customer: Customers
+) -> None:
     ani, postgres, answers = customer(bank.forgetful.url, account), bank.servers.postgres.log, []
     for table in ("rekening", "kredensial", "transaksi", "outbox", "mutasi"):
         bank.database(f"ALTER TABLE {table} ADD CONSTRAINT uji CHECK (false) NOT VALID")
@@ -185,23 +209,35 @@ def test_text_of_server_errors_is_told_nowhere(bank: Bank, account: str, custome
         answers.append(ani.deposit(1))
         eventually(lambda: b"Failing row contains" in postgres.read_bytes()[size:])  # noqa: B023 - at once
         bank.database(f"ALTER TABLE {table} DROP CONSTRAINT uji")
-    bank.servers.stream.config_set("maxmemory", 1)  # it refuses XADD, with an error that prints the movement
+    bank.servers.stream.config_set(
+        "maxmemory", 1
+    )  # it refuses XADD, with an error that prints the movement
     answers.append(ani.deposit(1))
     eventually(lambda: log_lines(bank.forgetful, "sending to the stream failed"))
     bank.servers.stream.config_set("maxmemory", 0)
     bank.database.audit()  # no lasting harm
     assert [answer.status_code for answer in answers] == [503] * 4 + [200] * 2
     told = "".join(log.read_text() for log in bank.servers.directory.glob("*.log"))
-    assert not re.search(f"Failing row|{account}", told + "".join(answer.text for answer in answers))
+    assert not re.search(
+        f"Failing row|{account}", told + "".join(answer.text for answer in answers)
+    )
 
 
 def test_sql_in_any_field_is_text(bank: Bank, account: str, customer: Customers) -> None:
-    texts = ("'; DROP TABLE rekening; --", "' OR '1'='1", "$$; SELECT 1; $$", "{1}", "%(no)s :no \\")
+    texts = (
+        "'; DROP TABLE rekening; --",
+        "' OR '1'='1",
+        "$$; SELECT 1; $$",
+        "{1}",
+        "%(no)s :no \\",
+    )
     ani, stream = customer(bank.transaksi.url, account), bank.servers.stream
     for text in texts:
         assert ani.post("/tabung", 1, no_rekening=text).status_code == 400
         assert [ani.deposit(5, idempotency_key=text).status_code for _ in range(2)] == [200] * 2
-    assert set(enter(bank.transaksi, account, *texts) + enter(bank.transaksi, texts[0], PIN)) == {401}
+    assert set(enter(bank.transaksi, account, *texts) + enter(bank.transaksi, texts[0], PIN)) == {
+        401
+    }
     stream.delete("mutasi:dead-letter")
     for field, text in product(MESSAGE, texts):
         stream.xadd("mutasi", {**MESSAGE, field: text})  # type: ignore[dict-item]

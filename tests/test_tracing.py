@@ -13,8 +13,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from conftest import SECRETS, Customer, eventually, log_lines, new_servers
 from dev.local import HOST, ROOT, Service
+from tests.support import SECRETS, Customer, eventually, log_lines, new_servers
 
 Customers = Callable[..., Customer]
 CHAIN = ["transaksi: POST /tabung", "transaksi: send mutasi", "mutasi: process mutasi"]
@@ -31,18 +31,25 @@ class Collector(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         for one in ExportTraceServiceRequest.FromString(body).resource_spans:
             name = attributes(one.resource)["service.name"]
-            SPANS.extend((f"{name}: {span.name}", span) for scope in one.scope_spans for span in scope.spans)
+            SPANS.extend(
+                (f"{name}: {span.name}", span) for scope in one.scope_spans for span in scope.spans
+            )
         self.send_response(200)
         self.end_headers()
 
 
 def attributes(of: Any) -> dict[str, Any]:
-    return {p.key: getattr(p.value, p.value.WhichOneof("value") or "string_value") for p in of.attributes}
+    return {
+        p.key: getattr(p.value, p.value.WhichOneof("value") or "string_value")
+        for p in of.attributes
+    }
 
 
 def spans(trace_id: str, *expected: str) -> list[Span]:
     """The spans of a trace, once all that are expected are there and nothing else."""
-    eventually(lambda: {name for name, span in SPANS if span.trace_id.hex() == trace_id} == set(expected))
+    eventually(
+        lambda: {name for name, span in SPANS if span.trace_id.hex() == trace_id} == set(expected)
+    )
     found = {name: span for name, span in SPANS if span.trace_id.hex() == trace_id}
     return [found[name] for name in expected]
 
@@ -56,9 +63,13 @@ def bank() -> Iterator[Bank]:
         services = []
         for name, *options in (("transaksi", "--resend-after", "1"), ("mutasi",)):
             image = dict(re.findall(r"(OTEL_\w+)=(\S+)", (ROOT / name / "Dockerfile").read_text()))
-            services.append(servers.service(name, *options, python=INSTRUMENTED, environment=image | otel))
+            services.append(
+                servers.service(name, *options, python=INSTRUMENTED, environment=image | otel)
+            )
         with services[0], services[1]:
-            yield Bank(servers=servers, collector=collector, transaksi=services[0], mutasi=services[1])
+            yield Bank(
+                servers=servers, collector=collector, transaksi=services[0], mutasi=services[1]
+            )
         collector.shutdown()
 
 
@@ -86,10 +97,16 @@ def test_deposit_is_one_trace_over_both_services(bank: Bank, ani: Customer, pare
     accepted = line(bank.transaksi, "movement accepted", ani.no_rekening)
     stored = line(bank.mutasi, "mutation stored", ani.no_rekening)
     ids = (accepted["trace_id"], *CHAIN)
-    eventually(lambda: spans(*ids)[1].span_id == spans(*ids)[2].parent_span_id)  # not the failed send
+    eventually(
+        lambda: spans(*ids)[1].span_id == spans(*ids)[2].parent_span_id
+    )  # not the failed send
     request, send, process = chain = spans(*ids)
     assert [span.kind for span in chain] == KINDS
-    assert [span.parent_span_id for span in chain] == [bytes.fromhex(parent), request.span_id, send.span_id]
+    assert [span.parent_span_id for span in chain] == [
+        bytes.fromhex(parent),
+        request.span_id,
+        send.span_id,
+    ]
     facts = {"no_rekening": accepted["no_rekening"], "jenis_transaksi": "tabung", "nominal": 50_000}
     assert all(attributes(span).items() >= facts.items() for span in chain)
     for entry, span in ((accepted, request), (stored, process)):
@@ -98,12 +115,19 @@ def test_deposit_is_one_trace_over_both_services(bank: Bank, ani: Customer, pare
 
 def test_refusals_are_traced_but_nothing_unsampled_and_no_secret(bank: Bank, ani: Customer) -> None:
     assert ani.deposit(1, traceparent=f"00-{2:032x}-b7ad6b7169203331-00").status_code == 200
-    bank.servers.database("ALTER TABLE transaksi ADD CONSTRAINT test CHECK (nominal <> 666) NOT VALID")
+    bank.servers.database(
+        "ALTER TABLE transaksi ADD CONSTRAINT test CHECK (nominal <> 666) NOT VALID"
+    )
     ani.deposit(666, idempotency_key="confidential")  # PostgreSQL's error prints the row
     bank.servers.database("ALTER TABLE transaksi DROP CONSTRAINT test")
     ani.client.get("/saldo", auth=("0987654321", "098765"))
-    for account, status, name in ((ani.no_rekening, 503, "POST /tabung"), ("0987654321", 401, "GET")):
-        (span,) = spans(line(bank.transaksi, "request refused", account)["trace_id"], f"transaksi: {name}")
+    for account, status, name in (
+        (ani.no_rekening, 503, "POST /tabung"),
+        ("0987654321", 401, "GET"),
+    ):
+        (span,) = spans(
+            line(bank.transaksi, "request refused", account)["trace_id"], f"transaksi: {name}"
+        )
         assert attributes(span)["http.response.status_code"] == status
     assert spans(f"{2:032x}") == []  # they would have come earlier
     for form in (*SECRETS.values(), "(?i)confidential|authorization|098765"):
@@ -114,7 +138,10 @@ def test_without_the_sdk_the_message_has_no_traceparent(bank: Bank, customer: Cu
     with bank.servers.service("transaksi") as transaksi:
         ani = customer(transaksi.url, bank.servers.database.open_account())
         assert ani.deposit(1, traceparent=f"00-{3:032x}-b7ad6b7169203331-01").status_code == 200
-        for service, message in ((transaksi, "movement accepted"), (bank.mutasi, "mutation stored")):
+        for service, message in (
+            (transaksi, "movement accepted"),
+            (bank.mutasi, "mutation stored"),
+        ):
             assert not {"trace_id", "span_id"} & line(service, message, ani.no_rekening).keys()
 
 

@@ -1,108 +1,144 @@
-"""Start service transaksi: arguments, wiring, then the HTTP server."""
+"""Start service transaksi: options, wiring, then the HTTP server."""
 
 import asyncio
 import gc
-import logging
 import os
+import signal
+import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from uvicorn.supervisors import Multiprocess
+from starlette.middleware import Middleware
+from starlette.middleware.authentication import AuthenticationMiddleware
+from structlog.typing import FilteringBoundLogger
 
-from common.config import read_settings, whole
-from common.connections import Database, open_redis
-from common.telemetry import end_process
-from transaksi.api import routes
-from transaksi.middleware import HANDLERS, OPEN_PATHS, Gate
-from transaksi.pin import PinCheck
-from transaksi.protocol import BoundedHttp
-from transaksi.relay import Relay
-from transaksi.teller import Teller
-
-log = logging.getLogger("transaksi")
-
-OPTIONS = (
-    ("--host", "127.0.0.1", str, "address to listen on"),
-    ("--port", 8000, whole(1, 65_535), "port to listen on"),
-    ("--workers", 1, whole(1, 64), "processes"),
-    ("--auth-cache-ttl", 300, whole(0, 3600), "seconds a right PIN is remembered, 0 = not at all"),
-    ("--max-pin-failures", 5, whole(3, 10**6), "PIN failures in a row that lock an account"),
-    ("--lock-minutes", 15, whole(1, 10**4), "minutes an account stays locked"),
-    ("--request-timeout", 5, whole(1, 60), "seconds after which a request is answered at the latest"),
-    ("--max-queue", 1000, whole(1, 10**5), "requests that may wait in a process; the surplus gets 503"),
-    ("--max-stream", 10**5, whole(1, 10**7), "stream entries; above this, movements wait in PostgreSQL"),
-    ("--resend-after", 10, whole(1, 3600), "seconds; what is not booked after twice as many is sent again"),
+from common.config import PORT, development_passwords, int_range, new_parser, read_settings
+from common.connections import open_redis
+from common.telemetry import start_logging
+from transaksi.api import HANDLERS, OPEN_PATHS, routes
+from transaksi.app import Bank, PinCheck, Teller
+from transaksi.datastore import Database
+from transaksi.middleware import (
+    BasicAuthentication,
+    PayloadLimit,
+    RequestLog,
+    refuse_authentication,
 )
-TRACES_ONLY = {"operation_spans": False, "metrics": False, "logs": False}
-settings = partial(read_settings, "transaksi", "Deposits and withdrawals over HTTP.", OPTIONS)
+from transaksi.protocol import BoundedHttp
+from transaksi.stream import Stream
+
+log: FilteringBoundLogger = structlog.get_logger()
 
 
-def create_app() -> FastAPI:
-    """Wire up one process; uvicorn calls this in each."""
-    s = settings()
-    relay = Relay(Database(s, 1), open_redis(s), s.max_stream, s.resend_after)
-    # No ping before each batch: the teller retries on a stale connection itself.
-    teller = Teller(Database(s, 1, ping=False), s.max_queue, relay.hand_over)
-    # A bcrypt thread per core, of low priority: checks do not slow down customers who are authenticated.
-    pin_database = Database(s, max(1, (os.cpu_count() or 1) // s.workers), nice=10)
-    pins = PinCheck(pin_database, s.auth_cache_ttl, s.max_pin_failures, s.lock_minutes)
+def create_app(settings: Namespace) -> FastAPI:
+    """Wire up the service."""
+    stream = Stream(Database(settings, threads=1), open_redis(settings), settings.resend_after)
+    teller = Teller(Database(settings, threads=1), on_commit=stream.hand_over)
+    # A bcrypt thread per core, of low priority, so that checks do not slow authenticated
+    # customers.
+    pin_database = Database(settings, threads=os.cpu_count() or 1, nice=10)
+    pins = PinCheck(pin_database, settings)
+    bank = Bank(teller, pins, reads=Database(settings, threads=2))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watch = asyncio.create_task(relay.watch())
+        work = (teller.run(), stream.run(), stream.resend())
+        tasks = [asyncio.create_task(one) for one in work]
+        for task in tasks:
+            task.add_done_callback(stop_if_failed)
+        log.info("started")
         yield
-        watch.cancel()
-        for part, limit_s in ((teller, 2), (relay, 1)):  # in this order: one hands over to the other
-            if part.work:
-                await asyncio.wait([part.work], timeout=limit_s)
-        log.info("stopped")
-        end_process()
+        # All requests have been answered.
+        for task in tasks:
+            task.cancel()
+        pin_database.close()
+        await stream.close()
 
     app = FastAPIOffline(
         title="transaksi",
-        version="2.0.0",
-        description="Deposits and withdrawals of a tiny savings bank. Amounts are whole rupiah.",
+        version="3.0.0",
+        description="Deposits and withdrawals of a tiny savings bank, in whole rupiah.",
         routes=routes,
         lifespan=lifespan,
+        middleware=[
+            Middleware(RequestLog, timeout_s=settings.request_timeout),
+            Middleware(
+                AuthenticationMiddleware,
+                backend=BasicAuthentication(bank),
+                on_error=refuse_authentication,
+            ),
+            Middleware(PayloadLimit),
+        ],
         exception_handlers=HANDLERS,
         redoc_url=None,
         redirect_slashes=False,
-        telemetry=TRACES_ONLY | {"exclude": lambda scope: scope.get("path") in OPEN_PATHS},
+        telemetry={
+            "operation_spans": False,
+            "logs": False,
+            "exclude": lambda scope: scope.get("path") in OPEN_PATHS,
+        },
     )
-    app.add_middleware(Gate, pins=pins, time_limit_s=s.request_timeout)
-    app.state.teller, app.state.reads, app.state.health = teller, Database(s, 2), None
-    # Keep the loaded modules out of garbage collection, which took a quarter of a request's CPU.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    app.state.bank = bank
     return app
 
 
+def stop_if_failed(task: asyncio.Task[None]) -> None:
+    """Stop the process if one of its tasks has failed: it must not look healthy."""
+    if not task.cancelled() and (error := task.exception()):
+        log.critical("a task failed", exc_info=(type(error), error, error.__traceback__))
+        signal.raise_signal(signal.SIGTERM)
+
+
+def new_transaksi_parser() -> ArgumentParser:
+    parser = new_parser("transaksi", "Deposits and withdrawals over HTTP.")
+
+    def add(name: str, default: int, low: int, high: int, text: str) -> None:
+        parser.add_argument(name, default=default, type=int_range(low, high), help=text)
+
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", default=8000, type=PORT, help="port to listen on")
+    add("--auth-cache-ttl", 300, 0, 3600, "seconds a correct PIN is cached, 0 = not at all")
+    add("--max-pin-failures", 5, 3, 10**6, "PIN failures in a row that lock an account")
+    add("--lock-minutes", 15, 1, 10**4, "minutes an account stays locked")
+    add("--request-timeout", 5, 1, 60, "request timeout in seconds")
+    add("--resend-after", 10, 1, 3600, "N: a movement not booked after 2N seconds is resent")
+    return parser
+
+
 def main() -> None:
-    s = settings()
-    log.info("starting", extra=vars(s))
+    settings = read_settings(new_transaksi_parser())
+    start_logging("transaksi", settings.log_level)
+    log.info("starting", **vars(settings))
+    for name in development_passwords():
+        log.warning("development password in use", variable=name)
+    app = create_app(settings)
+    BoundedHttp.head_timeout_s = settings.request_timeout
     config = uvicorn.Config(
-        "transaksi.__main__:create_app",
-        factory=True,
-        host=s.host,
-        port=s.port,
-        workers=s.workers,
+        app,
+        host=settings.host,
+        port=settings.port,
         http=BoundedHttp,
+        ws="none",
         log_config=None,
-        access_log=False,  # our own lines say more
+        access_log=False,  # the request log says more
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=3,  # for a client that never ends its request
+        timeout_keep_alive=75,  # longer than the pauses of clients and proxies
+        timeout_graceful_shutdown=settings.request_timeout + 1,
     )
-    sockets = [config.bind_socket()]
-    if s.workers > 1:
-        Multiprocess(config, sockets).run()
-        end_process()
-    uvicorn.Server(config).run(sockets)
+    # uvicorn raises the signal again when it has stopped. Then the exit status is 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit())
+    # Keep the loaded modules out of garbage collection.
+    gc.collect()
+    gc.freeze()
+    uvicorn.Server(config).run()
+    log.info("stopped")
 
 
 if __name__ == "__main__":

@@ -1,57 +1,63 @@
-"""The routes, and the form of their requests and answers."""
+"""HTTP: the routes with their request and response models, and the answers to errors."""
 
-import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Security
-from fastapi.responses import Response
-from fastapi.routing import APIRoute
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic
 from pydantic import BaseModel, BeforeValidator, Field
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.authentication import SimpleUser
+from starlette.exceptions import HTTPException
+from structlog.contextvars import bind_contextvars
 
-from common.telemetry import masked, traceparent
-from transaksi import datastore
-from transaksi.app import MAX_NOMINAL, MAX_SALDO, JenisTransaksi, Movement, Refusal
+from common.stream import MAX_NOMINAL, JenisTransaksi, parse_int
+from common.telemetry import current_traceparent, mask
+from transaksi import app
+from transaksi.app import MAX_SALDO, Bank, BankError, Movement
 
-MAX_BODY = 4096
-MAX_ID = 2**53 - 1  # above every id, and exact in JSON
-KEY = "^[ -~]{1,255}$"
-JSON = re.compile(r"application/([^;]+\+)?json\s*(;.*)?", re.IGNORECASE)
+# Without a format, generated clients read 32 bits.
+Int64 = Annotated[int, Field(json_schema_extra={"format": "int64"})]
 
 
 class MovementRequest(BaseModel, strict=True):
     """A deposit or a withdrawal of `nominal` whole rupiah."""
 
     no_rekening: str = Field(pattern="^[0-9]{10,16}$", examples=["1234567890"])
-    nominal: int = Field(ge=1, le=MAX_NOMINAL, examples=[50000])
+    nominal: Int64 = Field(ge=1, le=MAX_NOMINAL, examples=[50000])
 
 
 class Balance(BaseModel):
     """The balance in whole rupiah; after a movement, the balance right after it."""
 
-    saldo: int = Field(ge=0, le=MAX_SALDO, examples=[1050000])
+    saldo: Int64 = Field(ge=0, le=MAX_SALDO, examples=[1050000])
 
 
-class BookedMovement(BaseModel, from_attributes=True):
-    """A movement in the mutation book: whole rupiah, UTC."""
+class BookedMovement(BaseModel):
+    """A booked movement: whole rupiah, UTC."""
 
-    id_transaksi: int = Field(examples=[17])
+    id_transaksi: Int64 = Field(examples=[17])
     tanggal_transaksi: datetime
     jenis_transaksi: JenisTransaksi
-    nominal: int = Field(examples=[50000])
-    saldo_akhir: int = Field(examples=[1050000])
+    nominal: Int64 = Field(examples=[50000])
+    saldo_akhir: Int64 = Field(examples=[1050000])
 
 
 class Statement(BaseModel):
-    """A page of the mutation book, newest first. `sebelum` asks for the next page; null on the last."""
+    """Booked movements, newest first. `sebelum` asks for the next page; null on the last."""
 
     mutasi: list[BookedMovement]
-    sebelum: int | None
+    sebelum: Int64 | None
+
+
+class Health(BaseModel):
+    """PostgreSQL answers."""
+
+    status: str = Field(examples=["ok"])
 
 
 class Error(BaseModel):
@@ -60,117 +66,203 @@ class Error(BaseModel):
     remark: str = Field(examples=["Saldo tidak mencukupi."])
 
 
-def digits(text: Any) -> Any:
-    if isinstance(text, str) and not re.fullmatch("[0-9]{1,18}", text):  # int() takes " +1_0", too
-        raise ValueError("not a whole number")
-    return text
+# ---------------------------------------------------------------- errors
 
 
-class PlainRoute(APIRoute):
-    """Calls the endpoint with the request alone: FastAPI's own machinery costs 40 % of a request's CPU.
+@dataclass(frozen=True)
+class ErrorAnswer:
+    """The status, remark and headers that answer an error."""
 
-    https://fastapi.tiangolo.com/how-to/custom-request-and-route/
-    """
-
-    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        super().__init__(path, endpoint, **options)
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            response = await endpoint(Request(scope, receive, send))
-            await response(scope, receive, send)
-
-        self.app = app
+    status: int
+    remark: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
-PIN = [Security(HTTPBasic(scheme_name="PIN", auto_error=False))]  # documents what `Gate` does
-ERROR = {"model": Error}
-ERRORS: Any = dict.fromkeys((400, 401, 408, 413, 415, 422, 503), ERROR)
-movements = APIRouter(route_class=PlainRoute, dependencies=PIN, responses=ERRORS)
-reads = APIRouter(dependencies=PIN, responses={401: ERROR, 503: ERROR})
-health = APIRouter(responses={503: ERROR})
-DOCUMENT: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": MovementRequest.model_json_schema()}},
-    },
-    "parameters": [{"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "pattern": KEY}}],
+class MalformedKey(Exception):
+    """The Idempotency-Key is not one printable ASCII text."""
+
+
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="transaksi", charset="UTF-8"'}  # RFC 7617
+UNEXPECTED = ErrorAnswer(500, "Terjadi kesalahan pada layanan.")
+
+ANSWERS: dict[type[Exception], ErrorAnswer] = {
+    app.UnknownAccount: ErrorAnswer(400, "Nomor rekening tidak dikenali."),
+    app.InsufficientBalance: ErrorAnswer(400, "Saldo tidak mencukupi."),
+    app.BalanceLimit: ErrorAnswer(400, "Saldo akan melebihi batas."),
+    app.NotAuthenticated: ErrorAnswer(401, "Nomor rekening atau PIN salah.", CHALLENGE),
+    app.KeyReused: ErrorAnswer(422, "Idempotency-Key sudah dipakai untuk transaksi lain."),
+    app.NotExecuted: ErrorAnswer(
+        503, "Layanan sedang tidak tersedia, silakan coba lagi.", {"Retry-After": "1"}
+    ),
+    app.OutcomeUnknown: ErrorAnswer(
+        503, "Hasil belum pasti: ulangi dengan Idempotency-Key yang sama, atau cek mutasi."
+    ),
+    MalformedKey: ErrorAnswer(
+        400, "Idempotency-Key harus 1 sampai 255 karakter ASCII yang tercetak."
+    ),
+}
+FRAMEWORK_REMARKS = {
+    400: "Payload bukan JSON yang sah.",
+    404: "Alamat tidak dikenali.",
+    405: "Metode tidak diizinkan untuk alamat ini.",
+    413: "Payload melebihi 4 KiB.",
+}
+FIELD_REMARKS = {
+    "no_rekening": "no_rekening harus teks berisi 10 sampai 16 angka.",
+    "nominal": "nominal harus bilangan bulat 1 sampai 1.000.000.000.000 rupiah.",
+    "sebelum": "sebelum harus bilangan bulat positif, paling banyak 19 angka.",
+    "batas": "batas harus bilangan bulat 1 sampai 100.",
 }
 
 
-@movements.post("/tarik", summary="Withdraw", response_model=Balance, openapi_extra=DOCUMENT)
-@movements.post("/tabung", summary="Deposit", response_model=Balance, openapi_extra=DOCUMENT)
-async def move(request: Request) -> Response:
-    """The key of an accepted movement gets its answer again, with Idempotent-Replayed: true.
+def error_response(error: Exception) -> JSONResponse:
+    """Return the answer to any error, and bind it to the log line of the request."""
+    answer = find_answer(error)
+    bind_contextvars(remark=answer.remark, reason=str(error) or type(error).__name__)
+    return JSONResponse({"remark": answer.remark}, answer.status, answer.headers)
 
-    503 with Retry-After: not carried out. Without: outcome unknown, repeat with the same key.
-    """
-    jenis_transaksi: JenisTransaksi = request.scope["path"][1:]  # "tabung" or "tarik"
-    context = request.scope["context"]
-    payload = MovementRequest.model_validate_json(await read_body(request))
+
+def find_answer(error: Exception) -> ErrorAnswer:
+    if isinstance(error, RequestValidationError):
+        places = [str(part) for problem in error.errors() for part in problem["loc"]]
+        remarks = [FIELD_REMARKS[place] for place in places if place in FIELD_REMARKS]
+        return ErrorAnswer(400, remarks[0] if remarks else FRAMEWORK_REMARKS[400])
+    if isinstance(error, HTTPException):
+        status = error.status_code
+        return ErrorAnswer(status, FRAMEWORK_REMARKS[status], error.headers or {})
+    return ANSWERS.get(type(error), UNEXPECTED)
+
+
+async def handle_error(_: Request, error: Exception) -> JSONResponse:
+    return error_response(error)
+
+
+HANDLERS: dict[Any, Any] = dict.fromkeys(
+    (BankError, MalformedKey, RequestValidationError, HTTPException), handle_error
+)
+
+
+# ---------------------------------------------------------------- what a request carries
+
+
+def bank(request: Request) -> Bank:
+    """Return the bank of this process."""
+    found: Bank = request.app.state.bank
+    return found
+
+
+def customer(request: Request) -> str:
+    """Return the account that the middleware has authenticated."""
+    user: SimpleUser = request.user
+    return user.username
+
+
+def idempotency_key(request: Request) -> str | None:
+    """Return the Idempotency-Key header. Raises MalformedKey."""
     keys = request.headers.getlist("idempotency-key")
-    if len(keys) > 1 or not all(re.fullmatch(KEY, key) for key in keys):
-        raise Refusal("Idempotency-Key")
-    context |= {"jenis_transaksi": jenis_transaksi, "nominal": payload.nominal}
-    if payload.no_rekening != request.scope["account"]:
-        context["no_rekening_payload"] = masked(payload.no_rekening)
-        raise Refusal("unknown_account")
-    key = keys[0] if keys else None
-    asked = Movement(jenis_transaksi, payload.no_rekening, payload.nominal, key, traceparent())
-    made = await request.app.state.teller.submit(asked)
-    replayed = made is not asked
-    context |= {"saldo": made.saldo_akhir, "id_transaksi": made.id}
-    request.scope["event"] = "movement replayed" if replayed else "movement accepted"
-    headers = {"Idempotent-Replayed": "true"} if replayed else None
-    return Response(b'{"saldo":%d}' % made.saldo_akhir, 200, headers, "application/json")
+    if len(keys) > 1 or not all(re.fullmatch(KEY_PATTERN, key) for key in keys):
+        raise MalformedKey("malformed Idempotency-Key")
+    return keys[0] if keys else None
 
 
-async def read_body(request: Request) -> bytes:
-    """The payload. Raises `Refusal` if it is not JSON, too large, too late or cut off."""
-    if not any(JSON.fullmatch(value) for value in request.headers.getlist("content-type")):
-        raise Refusal("content_type")
-    body = b""
-    try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > MAX_BODY:
-                raise Refusal("payload_large")
-    except ClientDisconnect:
-        raise Refusal("not_json") from None
-    except asyncio.CancelledError:  # the time limit, or the server is stopping
-        raise Refusal("payload_late") from None
-    return body
+KEY_PATTERN = "^[ -~]{1,255}$"
+KEY_PARAMETER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "A repeated key returns the original response.",
+    "schema": {"type": "string", "pattern": KEY_PATTERN},
+}
 
 
-@reads.get("/saldo", response_model=Balance)
-async def saldo(request: Request) -> dict[str, int]:
-    """The customer's balance."""
-    return {"saldo": await request.app.state.reads.run(datastore.find_balance, request.scope["account"])}
+# ---------------------------------------------------------------- routes
+
+ERROR: dict[str, Any] = {"model": Error}
+READ_ERRORS: Any = dict.fromkeys((401, 503), ERROR)
+MOVEMENT: Any = {
+    "response_model": Balance,
+    "responses": dict.fromkeys((400, 401, 413, 422, 503), ERROR),
+    "openapi_extra": {"parameters": [KEY_PARAMETER]},
+}
+
+# The middleware authenticates; this only documents it.
+authenticated = Security(HTTPBasic(scheme_name="PIN", auto_error=False))
+router = APIRouter(dependencies=[authenticated])
+open_router = APIRouter()
+OPEN_PATHS = {
+    "/health",
+    "/docs",
+    "/openapi.json",
+    "/static-offline-docs/swagger-ui-bundle.js",
+    "/static-offline-docs/swagger-ui.css",
+    "/static-offline-docs/favicon.png",
+}
+
+
+@router.post("/tabung", **MOVEMENT)
+async def deposit(movement: MovementRequest, request: Request) -> JSONResponse:
+    """Deposit. Repeating a key returns the original response.
+
+    503 with Retry-After: not executed. Without: outcome unknown, repeat with the same key.
+    """
+    return await move("tabung", movement, request)
+
+
+@router.post("/tarik", **MOVEMENT)
+async def withdraw(movement: MovementRequest, request: Request) -> JSONResponse:
+    """Withdraw. Repeating a key returns the original response.
+
+    503 with Retry-After: not executed. Without: outcome unknown, repeat with the same key.
+    """
+    return await move("tarik", movement, request)
+
+
+async def move(
+    jenis_transaksi: JenisTransaksi, payload: MovementRequest, request: Request
+) -> JSONResponse:
+    bind_contextvars(jenis_transaksi=jenis_transaksi, nominal=payload.nominal)
+    if payload.no_rekening != customer(request):
+        bind_contextvars(no_rekening_payload=mask(payload.no_rekening))
+    movement = Movement(
+        jenis_transaksi,
+        payload.no_rekening,
+        payload.nominal,
+        idempotency_key(request),
+        current_traceparent(),
+    )
+    receipt = await bank(request).move(customer(request), movement)
+    outcome = "replayed" if receipt.replayed else "accepted"
+    bind_contextvars(movement=outcome, id_transaksi=receipt.id_transaksi, saldo=receipt.saldo)
+    headers = {"Idempotent-Replayed": "true"} if receipt.replayed else None
+    return JSONResponse({"saldo": receipt.saldo}, headers=headers)
+
+
+@router.get("/saldo", responses=READ_ERRORS)
+async def balance(request: Request) -> Balance:
+    """Return the customer's balance."""
+    return Balance(saldo=await bank(request).balance(customer(request)))
 
 
 # "4XX" keeps FastAPI from documenting a 422 of its own.
-@reads.get("/mutasi", response_model=Statement, responses={400: ERROR, "4XX": ERROR})
-async def mutasi(
+@router.get("/mutasi", responses=READ_ERRORS | {400: ERROR, "4XX": ERROR})
+async def statement(
     request: Request,
-    sebelum: Annotated[int, Query(ge=1), BeforeValidator(digits)] = MAX_ID,
-    batas: Annotated[int, Query(ge=1, le=100), BeforeValidator(digits)] = 20,
-) -> dict[str, Any]:
-    """The customer's booked movements, newest first: at most `batas`, with ids below `sebelum`."""
-    account, more = request.scope["account"], batas + 1  # one more tells whether there is a next page
-    rows = await request.app.state.reads.run(datastore.find_mutations, account, sebelum, more)
-    page = rows[:batas]
-    return {"mutasi": page, "sebelum": page[-1].id_transaksi if len(rows) > batas else None}
+    sebelum: Annotated[Int64 | None, BeforeValidator(parse_int), Query(ge=1, lt=2**63)] = None,
+    batas: Annotated[Int64, BeforeValidator(parse_int), Query(ge=1, le=100)] = 20,
+) -> Statement:
+    """Return the customer's booked movements, newest first.
+
+    At most `batas`; with `sebelum`, only those with lower ids.
+    """
+    page = await bank(request).statement(customer(request), sebelum, batas)
+    movements = [BookedMovement.model_validate(row) for row in page.movements]
+    return Statement(mutasi=movements, sebelum=page.before)
 
 
-@health.get("/health")
-async def ask_health(request: Request) -> dict[str, str]:
-    """Whether PostgreSQL answers. Redis does not matter: movements wait for it in PostgreSQL."""
-    state = request.app.state
-    if not state.health or state.health.done():  # concurrent callers share one question
-        state.health = state.reads.run(lambda engine: engine.connect().close())  # the pool pings
-    done, _ = await asyncio.wait([state.health], timeout=2)
-    if not done or state.health.exception():
-        raise Refusal("unavailable", "PostgreSQL does not answer")
-    return {"status": "ok"}
+@open_router.get("/health", responses={503: ERROR})
+async def health(request: Request) -> Health:
+    """Tell whether PostgreSQL answers. Redis does not matter: movements wait in PostgreSQL."""
+    await bank(request).ping()
+    return Health(status="ok")
 
 
-routes = movements.routes + reads.routes + health.routes
+routes = router.routes + open_router.routes

@@ -1,95 +1,426 @@
-"""The rules: what a deposit and a withdrawal are, and why one is refused. Pure: no I/O.
+"""Business logic: the rules, the teller, the PIN check, and the bank that uses them.
 
-Amounts are whole rupiah.
+Amounts are whole rupiah. Nothing here knows HTTP.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Literal
+import asyncio
+import hashlib
+import secrets
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
-MAX_NOMINAL = 1_000_000_000_000
-MAX_SALDO = 2**53 - 1  # the largest integer that every JSON client reads exactly (RFC 8259, section 6)
+import bcrypt
+import structlog
+from cachetools import TTLCache
+from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy.exc import DBAPIError
+from structlog.typing import FilteringBoundLogger
 
-JenisTransaksi = Literal["tabung", "tarik"]
+from common.connections import error_summary, is_data_error
+from common.stream import JenisTransaksi
+from transaksi import datastore
+from transaksi.datastore import Database
+
+T = TypeVar("T")
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+MAX_SALDO = 2**53 - 1  # JSON clients read integers up to this exactly (RFC 8259, section 6)
+
+# When the request must be answered, in seconds of the event loop's clock.
+deadline: ContextVar[float] = ContextVar("deadline")
 
 
-@dataclass(slots=True)
+# ---------------------------------------------------------------- errors
+
+
+class BankError(Exception):
+    """Why the bank did not do what was asked. The text is for the log."""
+
+
+class UnknownAccount(BankError):
+    """The account is not the customer's own, whether it exists or not."""
+
+
+class InsufficientBalance(BankError):
+    """A withdrawal of more than the balance."""
+
+
+class BalanceLimit(BankError):
+    """A deposit that would lift the balance over `MAX_SALDO`."""
+
+
+class KeyReused(BankError):
+    """The idempotency key belongs to another movement."""
+
+
+class NotAuthenticated(BankError):
+    """The account number or PIN is missing or wrong, or the account is locked."""
+
+
+class NotExecuted(BankError):
+    """The bank could not do it now. No money was moved."""
+
+
+class OutcomeUnknown(BankError):
+    """Nobody can tell whether money was moved. The same key may be sent again."""
+
+
+# ---------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True, eq=False)
 class Movement:
-    """A deposit or withdrawal of `nominal` rupiah.
-
-    Once it is accepted it has the balance after it, and from the journal an id and a time (UTC).
-    """
+    """A requested deposit ("tabung") or withdrawal ("tarik")."""
 
     jenis_transaksi: JenisTransaksi
     no_rekening: str
     nominal: int
     idempotency_key: str | None = None
     traceparent: str | None = None
-    saldo_akhir: int | None = None
-    id: int | None = None
-    tanggal_transaksi: datetime | None = None
 
 
-REFUSALS = {  # HTTP status, and the remark for the customer
-    "not_json": (400, "Payload bukan JSON yang sah."),
-    "no_rekening": (400, "no_rekening harus teks berisi 10 sampai 16 angka."),
-    "nominal": (400, "nominal harus bilangan bulat 1 sampai 1.000.000.000.000 rupiah."),
-    "Idempotency-Key": (400, "Idempotency-Key harus 1 sampai 255 karakter ASCII yang tercetak."),
-    "sebelum": (400, "sebelum harus bilangan bulat positif, paling banyak 18 angka."),
-    "batas": (400, "batas harus bilangan bulat 1 sampai 100."),
-    # not the customer's own, whether it exists or not
-    "unknown_account": (400, "Nomor rekening tidak dikenali."),
-    "insufficient_balance": (400, "Saldo tidak mencukupi."),
-    "balance_limit": (400, "Saldo akan melebihi batas."),
-    "not_authenticated": (401, "Nomor rekening atau PIN salah."),
-    "404": (404, "Alamat tidak dikenali."),
-    "405": (405, "Metode tidak diizinkan untuk alamat ini."),
-    "payload_late": (408, "Payload tidak diterima lengkap pada waktunya."),
-    "payload_large": (413, "Payload melebihi 4 KiB."),
-    "content_type": (415, "Content-Type harus application/json."),
-    "key_reused": (422, "Idempotency-Key sudah dipakai untuk transaksi lain."),
-    "unexpected": (500, "Terjadi kesalahan pada layanan."),
-    # not carried out: may be repeated
-    "unavailable": (503, "Layanan sedang tidak tersedia, silakan coba lagi."),
-    # may or may not have been carried out
-    "unknown_outcome": (503, "Hasil belum pasti: ulangi dengan Idempotency-Key yang sama, atau cek mutasi."),
-}
-HEADERS = {
-    "not_authenticated": {"WWW-Authenticate": 'Basic realm="transaksi", charset="UTF-8"'},  # RFC 7617
-    "unavailable": {"Retry-After": "1"},
-}
+@dataclass(frozen=True)
+class Receipt:
+    """What the customer gets for an accepted movement: its id and the balance after it.
 
-
-class Refusal(Exception):
-    """A refused request: a name in `REFUSALS`, and a reason for the log."""
-
-    def __init__(self, name: str, reason: str = "", headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(name)
-        self.status, self.remark = REFUSALS[name]
-        self.headers = headers or HEADERS.get(name)
-        self.reason = reason or name
-
-
-Key = tuple[str, str | None]  # account, idempotency key
-Result = Movement | Refusal
-
-
-def decide(movement: Movement, balances: dict[str, int], made: dict[Key, Movement]) -> Result:
-    """Decide the next movement of a batch: itself if accepted, the one that its key made before, a refusal.
-
-    Only an accepted one moves money. `balances` (by account) and `made` (by key) are updated for the next.
+    `replayed` tells that the movement was accepted earlier, under the same key.
     """
-    account, nominal, key = movement.no_rekening, movement.nominal, movement.idempotency_key
-    if first := made.get((account, key)):
-        same = (first.jenis_transaksi, first.nominal) == (movement.jenis_transaksi, nominal)
-        return first if same else Refusal("key_reused")
-    if account not in balances:
-        return Refusal("unknown_account")
-    balance = balances[account] + (nominal if movement.jenis_transaksi == "tabung" else -nominal)
-    if not 0 <= balance <= MAX_SALDO:
-        return Refusal("insufficient_balance" if balance < 0 else "balance_limit")
-    movement.saldo_akhir = balances[account] = balance
-    if key:
-        made[account, key] = movement
-    return movement
+
+    id_transaksi: int
+    saldo: int
+    replayed: bool
+
+
+def check_owner(customer: str, no_rekening: str) -> None:
+    """Raise UnknownAccount unless the account is the customer's own."""
+    if no_rekening != customer:
+        raise UnknownAccount("not the customer's account")
+
+
+def balance_after(movement: Movement, balances: dict[str, int]) -> int:
+    """Return the balance after a movement, given those of the accounts that exist.
+
+    Raises InsufficientBalance, BalanceLimit, or NotAuthenticated if the account was deleted
+    since its PIN was cached.
+    """
+    if movement.no_rekening not in balances:
+        raise NotAuthenticated("no such account")
+    sign = {"tabung": 1, "tarik": -1}[movement.jenis_transaksi]
+    balance = balances[movement.no_rekening] + sign * movement.nominal
+    if balance < 0:
+        raise InsufficientBalance("insufficient balance")
+    if balance > MAX_SALDO:
+        raise BalanceLimit("balance limit")
+    return balance
+
+
+def replay(movement: Movement, earlier: RowMapping) -> Receipt:
+    """Return the receipt of the earlier movement with the same key.
+
+    Raises KeyReused if that was another movement.
+    """
+    for name in ("jenis_transaksi", "nominal"):
+        if earlier[name] != getattr(movement, name):
+            raise KeyReused("key of another movement")
+    return Receipt(earlier["id"], earlier["saldo_akhir"], replayed=True)
+
+
+# ---------------------------------------------------------------- the teller
+
+Result = Receipt | BankError
+
+
+@dataclass(eq=False)
+class Pending:
+    """A movement that waits for the teller, and the future that its request awaits."""
+
+    movement: Movement
+    future: asyncio.Future[Receipt]
+    taken: bool = False  # from then on, only the database knows the outcome
+
+
+@dataclass
+class Batch:
+    """What became of movements that shared a transaction."""
+
+    results: dict[Movement, Result] = field(default_factory=dict)
+    journal: Sequence[RowMapping] = ()  # rows of the accepted ones
+
+
+class Teller:
+    """Posts all movements that wait in one transaction (group commit).
+
+    While one batch is in the database, new requests queue up and are posted together. Answers
+    are sent after the commit. `on_commit` gets the journal rows of each batch.
+    """
+
+    MAX_WAITING = 1000
+    MAX_BATCH = 512
+
+    def __init__(
+        self, database: Database, on_commit: Callable[[Sequence[RowMapping]], None]
+    ) -> None:
+        self._database = database
+        self._on_commit = on_commit
+        self._queue: asyncio.Queue[Pending] = asyncio.Queue(self.MAX_WAITING)
+        self._deferred: list[Pending] = []  # their key was in the batch already
+
+    @property
+    def waiting(self) -> int:
+        """How many movements wait."""
+        return self._queue.qsize() + len(self._deferred)
+
+    async def submit(self, movement: Movement) -> Receipt:
+        """Have a movement posted, and wait for the outcome until the request's deadline.
+
+        Raises InsufficientBalance, BalanceLimit or KeyReused if it is refused, NotExecuted
+        if it was not taken in time, OutcomeUnknown if it was taken but not answered.
+        """
+        pending = Pending(movement, asyncio.get_running_loop().create_future())
+        try:
+            self._queue.put_nowait(pending)
+            async with asyncio.timeout_at(deadline.get()):
+                return await pending.future
+        except asyncio.QueueFull:
+            raise NotExecuted("queue full") from None
+        except TimeoutError:
+            if pending.taken:
+                raise OutcomeUnknown("timeout in the database") from None
+            raise NotExecuted("timeout in the queue") from None
+
+    async def run(self) -> None:
+        """Post batches until cancelled."""
+        while True:
+            batch = await self._next_batch()
+            movements = [pending.movement for pending in batch]
+            posted = await self._database.run(self._post, movements)
+            for pending in batch:
+                if not pending.future.done():  # its request may have timed out
+                    answer(pending.future, posted.results[pending.movement])
+            self._on_commit(posted.journal)
+
+    async def _next_batch(self) -> list[Pending]:
+        """Take what waits, at most one movement for each key. The others are deferred."""
+        waiting = self._deferred or [await self._queue.get()]
+        while len(waiting) < self.MAX_BATCH and not self._queue.empty():
+            waiting.append(self._queue.get_nowait())
+        batch: list[Pending] = []
+        self._deferred = []
+        keys: set[tuple[str, str]] = set()
+        for pending in waiting:
+            movement = pending.movement
+            key = (movement.no_rekening, movement.idempotency_key or "")
+            if pending.future.done():
+                continue
+            if movement.idempotency_key and key in keys:
+                self._deferred.append(pending)
+                continue
+            keys.add(key)
+            pending.taken = True
+            batch.append(pending)
+        return batch
+
+    def _post(self, engine: Engine, movements: Sequence[Movement]) -> Batch:
+        """Post movements. Never raises: each has a result."""
+        try:
+            return post(engine, movements)
+        except BankError as error:
+            refused = isinstance(error, NotExecuted) and is_data_error(error.__cause__)
+            if refused and len(movements) > 1:
+                return self._post_one_by_one(engine, movements)
+            return Batch(dict.fromkeys(movements, error))
+
+    def _post_one_by_one(self, engine: Engine, movements: Sequence[Movement]) -> Batch:
+        """Post each movement in its own transaction, so that only the bad one fails."""
+        whole = Batch()
+        for movement in movements:
+            one = self._post(engine, [movement])
+            whole.results |= one.results
+            whole.journal = [*whole.journal, *one.journal]
+        return whole
+
+
+def answer(future: asyncio.Future[Receipt], result: Result) -> None:
+    if isinstance(result, BankError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+def post(engine: Engine, movements: Sequence[Movement]) -> Batch:
+    """Post movements in one transaction, in the order of their arrival.
+
+    It commits even if all are replays or refused: a replayed answer must be as durable as
+    the first, and a commit waits for a synchronous standby. Any error before the commit
+    raises NotExecuted, any error from then on OutcomeUnknown.
+    """
+    failure: type[BankError] = NotExecuted
+    try:
+        with engine.connect() as connection:
+            batch = decide(connection, movements)
+            failure = OutcomeUnknown
+            connection.commit()
+        return batch
+    except Exception as error:
+        if not isinstance(error, DBAPIError):
+            log.exception("unexpected error")
+        raise failure(error_summary(error)) from error
+
+
+def decide(connection: Connection, movements: Sequence[Movement]) -> Batch:
+    """Apply the rules to movements, and record the accepted ones."""
+    batch = Batch()
+    balances = datastore.lock_balances(connection, {m.no_rekening for m in movements})
+    keys = [(m.no_rekening, m.idempotency_key) for m in movements if m.idempotency_key]
+    earlier = datastore.find_by_keys(connection, keys) if keys else {}
+    accepted: dict[Movement, int] = {}
+    for movement in movements:
+        key = (movement.no_rekening, movement.idempotency_key)
+        try:
+            if key in earlier:
+                batch.results[movement] = replay(movement, earlier[key])
+            else:
+                balance = balance_after(movement, balances)
+                accepted[movement] = balances[movement.no_rekening] = balance
+        except BankError as refusal:
+            batch.results[movement] = refusal
+    if accepted:
+        rows = [vars(movement) | {"saldo_akhir": saldo} for movement, saldo in accepted.items()]
+        batch.journal = datastore.record(connection, rows)
+        for movement, row in zip(accepted, batch.journal, strict=True):
+            batch.results[movement] = Receipt(row["id"], row["saldo_akhir"], replayed=False)
+    return batch
+
+
+# ---------------------------------------------------------------- the PIN check
+
+
+class PinCheck:
+    """Checks PINs against their bcrypt hashes, and caches the correct ones.
+
+    Each attempt is counted in the database before it is compared, so concurrent guesses, in
+    any number of processes, cannot exceed the limit.
+    """
+
+    MAX_RUNNING = 64
+    MAX_CACHED = 100_000
+    # Compared for unknown and locked accounts, so that timing does not reveal the cause.
+    DUMMY_HASH = bcrypt.hashpw(secrets.token_bytes(16), bcrypt.gensalt(10)).decode()
+
+    def __init__(self, database: Database, settings: Namespace) -> None:
+        self._database = database
+        self._max_failures: int = settings.max_pin_failures
+        self._lock_minutes: int = settings.lock_minutes
+        self._secret = secrets.token_bytes(32)
+        self._cached: TTLCache[str, bytes] = TTLCache(self.MAX_CACHED, settings.auth_cache_ttl)
+        self._running: dict[bytes, asyncio.Future[None]] = {}
+
+    async def check(self, account: str, pin: str) -> None:
+        """Return if the PIN is correct. Raises NotAuthenticated or NotExecuted."""
+        # A keyed hash, so that no PIN is kept in memory.
+        digest = hashlib.blake2b(f"{account}:{pin}".encode(), key=self._secret).digest()
+        if self._cached.get(account) == digest:
+            return
+        if digest not in self._running:
+            if len(self._running) >= self.MAX_RUNNING:
+                raise NotExecuted("too many PIN checks")
+            check = self._database.run(self._compare, account, pin)
+            self._running[digest] = check
+            check.add_done_callback(partial(self._end, account, digest))
+        check = self._running[digest]
+        await asyncio.wait([check])  # equal checks share one, and a timeout does not cancel it
+        check.result()
+
+    def forget(self, account: str) -> None:
+        """Remove an account from the cache."""
+        self._cached.pop(account, None)
+
+    def _end(self, account: str, digest: bytes, check: asyncio.Future[None]) -> None:
+        del self._running[digest]
+        if not check.cancelled() and not check.exception():
+            self._cached[account] = digest
+
+    def _compare(self, engine: Engine, account: str, pin: str) -> None:
+        """Raise NotAuthenticated unless the PIN is correct. Costs one bcrypt in any case."""
+        attempt = datastore.count_attempt(engine, account, self._max_failures, self._lock_minutes)
+        pin_hash: str = attempt["pin_hash"] if attempt else self.DUMMY_HASH
+        correct = bcrypt.checkpw(pin.encode(), pin_hash.encode())
+        if not attempt:
+            raise NotAuthenticated("unknown account or locked")
+        if not correct:
+            if attempt["pin_gagal"] >= self._max_failures:
+                log.warning("account locked")
+            raise NotAuthenticated("wrong PIN")
+        datastore.reset_attempts(engine, account, attempt["pin_gagal"])
+
+
+# ---------------------------------------------------------------- the bank
+
+
+@dataclass(frozen=True)
+class Page:
+    """Booked movements, newest first. `before` asks for the next page; None on the last."""
+
+    movements: Sequence[RowMapping]
+    before: int | None
+
+
+class Bank:
+    """What a customer may ask for. Every method may raise NotExecuted."""
+
+    def __init__(self, teller: Teller, pins: PinCheck, reads: Database) -> None:
+        self._teller = teller
+        self._pins = pins
+        self._reads = reads
+
+    async def authenticate(self, account: str, pin: str) -> None:
+        """Return if the PIN is correct. Raises NotAuthenticated."""
+        await executed(self._pins.check(account, pin))
+
+    async def move(self, customer: str, movement: Movement) -> Receipt:
+        """Deposit or withdraw. Raises UnknownAccount, and what `Teller.submit` raises."""
+        check_owner(customer, movement.no_rekening)
+        try:
+            return await self._teller.submit(movement)
+        except NotAuthenticated:
+            self._pins.forget(customer)
+            raise
+
+    async def balance(self, customer: str) -> int:
+        """Return the balance. Raises NotAuthenticated if the account was deleted."""
+        balance = await executed(self._reads.run(datastore.find_balance, customer))
+        if balance is None:
+            self._pins.forget(customer)
+            raise NotAuthenticated("no such account")
+        return balance
+
+    async def statement(self, customer: str, before: int | None, limit: int) -> Page:
+        """Return a page of booked movements, those with ids below `before`."""
+        find = datastore.find_mutations
+        rows = await executed(self._reads.run(find, customer, before, limit + 1))
+        if not rows:
+            await self.balance(customer)  # raises if the account was deleted
+        page = rows[:limit]
+        has_more = len(rows) > limit
+        return Page(page, page[-1]["id_transaksi"] if has_more else None)
+
+    async def ping(self) -> None:
+        """Return if PostgreSQL answers."""
+        await executed(self._reads.run(datastore.ping))
+
+
+async def executed(call: Awaitable[T]) -> T:
+    """Await a call of the database. Raises NotExecuted if it fails for any reason."""
+    try:
+        return await call
+    except BankError:
+        raise
+    except Exception as error:
+        if not isinstance(error, DBAPIError):
+            log.exception("unexpected error")
+        raise NotExecuted(error_summary(error)) from error

@@ -1,170 +1,306 @@
-"""The tables of service transaksi and its database operations. init.sql makes the schema.
+"""The tables of service transaksi and its statements. init.sql makes the schema.
 
-Reads use the mapped classes. The statements of the hot path are SQL, many rows each: the ORM's unit of work
-would cost twice as much.
+Functions take and return plain values and rows. Amounts are whole rupiah.
 """
 
-from collections.abc import Sequence
-from datetime import datetime
-from typing import Any
+import asyncio
+import contextvars
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
-import orjson
-from sqlalchemy import Connection, Engine, Executable, ForeignKey, Row, select, text
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Connection,
+    Engine,
+    ForeignKey,
+    Identity,
+    RowMapping,
+    Text,
+    any_,
+    bindparam,
+    case,
+    column,
+    func,
+    insert,
+    literal,
+    not_,
+    or_,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from transaksi.app import JenisTransaksi, Key, Movement
+from common.connections import open_engine
+from common.stream import JenisTransaksi
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Key = tuple[str, str | None]  # account, idempotency key
+
+JENIS = ENUM(*get_args(JenisTransaksi), name="jenis_transaksi", create_type=False)
+
+
+class Database:
+    """An engine with threads of its own, so that a slow user cannot starve another.
+
+    `nice` gives the threads a low priority, on Linux, where niceness is per thread.
+    """
+
+    def __init__(self, settings: Namespace, threads: int, nice: int = 0) -> None:
+        self.engine = open_engine(settings)
+        lower = (lambda: os.nice(nice)) if sys.platform == "linux" else None
+        self._executor = ThreadPoolExecutor(threads, initializer=lower)
+
+    def run(
+        self, function: Callable[Concatenate[Engine, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
+        """Call `function(engine, ...)` in a thread, with the caller's context variables."""
+        context = contextvars.copy_context()
+        return asyncio.get_running_loop().run_in_executor(
+            self._executor, lambda: context.run(function, self.engine, *args, **kwargs)
+        )
+
+    def close(self) -> None:
+        """Cancel the calls that have not begun."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 class Base(DeclarativeBase):
-    """The tables of service transaksi as init.sql makes them."""
+    """The tables of service transaksi."""
 
 
 class Rekening(Base):
     """A customer's account and its balance."""
 
     __tablename__ = "rekening"
+
     no_rekening: Mapped[str] = mapped_column(primary_key=True)
-    nama: Mapped[str]
-    saldo: Mapped[int]
-    dibuat_pada: Mapped[datetime]
+    saldo: Mapped[int] = mapped_column(BigInteger)
+
+
+class Kredensial(Base):
+    """The PIN of an account, and the attempts since the last correct one."""
+
+    __tablename__ = "kredensial"
+
+    no_rekening: Mapped[str] = mapped_column(ForeignKey(Rekening.no_rekening), primary_key=True)
+    pin_hash: Mapped[str]
+    pin_gagal: Mapped[int]
+    terkunci_sampai: Mapped[datetime | None]
 
 
 class Transaksi(Base):
-    """The journal: one row per accepted movement, append-only."""
+    """The journal: one row for each accepted movement."""
 
     __tablename__ = "transaksi"
-    id: Mapped[int] = mapped_column(primary_key=True)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     no_rekening: Mapped[str] = mapped_column(ForeignKey(Rekening.no_rekening))
-    jenis_transaksi: Mapped[JenisTransaksi]
-    nominal: Mapped[int]
-    saldo_akhir: Mapped[int]
+    jenis_transaksi: Mapped[JenisTransaksi] = mapped_column(JENIS)
+    nominal: Mapped[int] = mapped_column(BigInteger)
+    saldo_akhir: Mapped[int] = mapped_column(BigInteger)
     tanggal_transaksi: Mapped[datetime]
     idempotency_key: Mapped[str | None]
     traceparent: Mapped[str | None]
 
 
+class Outbox(Base):
+    """A movement that is not booked yet."""
+
+    __tablename__ = "outbox"
+
+    id_transaksi: Mapped[int] = mapped_column(ForeignKey(Transaksi.id), primary_key=True)
+    dikirim_pada: Mapped[datetime]
+
+
 class Mutasi(Base):
-    """The mutation book, append-only, written by service mutasi."""
+    """A booked movement, written by service mutasi."""
 
     __tablename__ = "mutasi"
+
     id_transaksi: Mapped[int] = mapped_column(ForeignKey(Transaksi.id), primary_key=True)
-    no_rekening: Mapped[str] = mapped_column(primary_key=True)
-    tanggal_transaksi: Mapped[datetime] = mapped_column(primary_key=True)
-    jenis_transaksi: Mapped[JenisTransaksi] = mapped_column(primary_key=True)
-    nominal: Mapped[int] = mapped_column(primary_key=True)
-    dicatat_pada: Mapped[datetime]
+    no_rekening: Mapped[str]
+    tanggal_transaksi: Mapped[datetime]
+    jenis_transaksi: Mapped[JenisTransaksi] = mapped_column(JENIS)
+    nominal: Mapped[int] = mapped_column(BigInteger)
 
 
-def _rows(engine: Engine, statement: Executable, **parameters: Any) -> Sequence[Row[Any]]:
-    """Execute a statement in a transaction of its own."""
-    with engine.begin() as connection:
-        return connection.execute(statement, parameters).all()
+# ---------------------------------------------------------------- a batch of movements
 
 
-def find_balance(engine: Engine, account: str) -> int:
-    """The balance of an account in whole rupiah."""
-    return int(_rows(engine, select(Rekening.saldo).filter_by(no_rekening=account))[0].saldo)
+# In sorted order, so that tellers lock in the same order and cannot deadlock. NO KEY UPDATE
+# (`key_share`), so that foreign key checks on the accounts go on.
+LOCK_BALANCES = (
+    select(Rekening.no_rekening, Rekening.saldo)
+    .where(Rekening.no_rekening == any_(bindparam("accounts", type_=ARRAY(Text))))
+    .order_by(Rekening.no_rekening)
+    .with_for_update(key_share=True)
+)
+FIND_BY_KEYS = select(*Transaksi.__table__.c).where(
+    tuple_(Transaksi.no_rekening, Transaksi.idempotency_key).in_(bindparam("keys", expanding=True))
+)
+INSERT_JOURNAL = insert(Transaksi).returning(Transaksi, sort_by_parameter_order=True)
+NEW_BALANCE = (
+    func.unnest(
+        bindparam("accounts", type_=ARRAY(Text)), bindparam("balances", type_=ARRAY(BigInteger))
+    )
+    .table_valued(column("no_rekening", Text), column("saldo", BigInteger))
+    .render_derived()
+)
+UPDATE_BALANCES = (
+    update(Rekening)
+    .where(Rekening.no_rekening == NEW_BALANCE.c.no_rekening)
+    .values(saldo=NEW_BALANCE.c.saldo)
+)
 
 
-def find_mutations(engine: Engine, account: str, before: int, limit: int) -> Sequence[Row[Any]]:
-    """Up to `limit` booked movements of an account, newest first, with ids below `before`."""
+def lock_balances(connection: Connection, accounts: Collection[str]) -> dict[str, int]:
+    """Lock accounts until the transaction ends. Returns the balances of those that exist."""
+    rows = connection.execute(LOCK_BALANCES, {"accounts": list(accounts)})
+    return {row.no_rekening: row.saldo for row in rows}
+
+
+def find_by_keys(connection: Connection, keys: Collection[Key]) -> dict[Key, RowMapping]:
+    """Find earlier movements by account and idempotency key.
+
+    A statement of its own, after the lock: its snapshot includes what the previous lock
+    holder committed.
+    """
+    rows = connection.execute(FIND_BY_KEYS, {"keys": keys}).mappings()
+    return {(row["no_rekening"], row["idempotency_key"]): row for row in rows}
+
+
+def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> Sequence[RowMapping]:
+    """Write movements to the journal, the outbox and the balances.
+
+    Returns their journal rows in the same order. The last movement of an account in the batch
+    has its balance.
+    """
+    rows = connection.execute(INSERT_JOURNAL, movements).mappings().all()
+    connection.execute(insert(Outbox), [{"id_transaksi": row["id"]} for row in rows])
+    saldo = {row["no_rekening"]: row["saldo_akhir"] for row in rows}
+    new = {"accounts": list(saldo.keys()), "balances": list(saldo.values())}
+    connection.execute(UPDATE_BALANCES, new)
+    return rows
+
+
+# ---------------------------------------------------------------- reads
+
+
+def find_balance(engine: Engine, account: str) -> int | None:
+    """Return the balance of an account, or None if there is no such account."""
+    with engine.connect() as connection:
+        return connection.scalar(select(Rekening.saldo).filter_by(no_rekening=account))
+
+
+def find_mutations(
+    engine: Engine, account: str, before: int | None, limit: int
+) -> Sequence[RowMapping]:
+    """Return up to `limit` booked movements of an account, newest first.
+
+    With `before`, only those with lower ids.
+    """
     newest_first = Mutasi.id_transaksi.desc()
-    # The ids alone, so that the index by account answers under every plan.
-    of_account = Mutasi.no_rekening == account, Mutasi.id_transaksi < before
-    ids = select(Mutasi.id_transaksi).where(*of_account).order_by(newest_first).limit(limit)
-    statement = select(*Mutasi.__table__.c, Transaksi.saldo_akhir).join(Transaksi)
-    return _rows(engine, statement.where(Mutasi.id_transaksi.in_(ids)).order_by(newest_first))
+    # Select ids first, so that every plan uses the index on account.
+    ids = select(Mutasi.id_transaksi).filter_by(no_rekening=account)
+    if before is not None:
+        ids = ids.where(Mutasi.id_transaksi < before)
+    statement = (
+        select(*Mutasi.__table__.c, Transaksi.saldo_akhir)
+        .join(Transaksi)
+        .where(Mutasi.id_transaksi.in_(ids.order_by(newest_first).limit(limit)))
+        .order_by(newest_first)
+    )
+    with engine.connect() as connection:
+        return connection.execute(statement).mappings().all()
 
 
-# Sorted: all tellers lock in one order, no deadlock. NO KEY, so that foreign keys may go on reading.
-_LOCK = text("""
-    SELECT no_rekening, saldo FROM rekening WHERE no_rekening = ANY (:accounts)
-    ORDER BY no_rekening FOR NO KEY UPDATE""")
-_FIND_KEYS = text("""
-    SELECT transaksi.* FROM transaksi
-    JOIN json_to_recordset(:movements) AS wanted (no_rekening text, idempotency_key text)
-    USING (no_rekening, idempotency_key)""")
-# The ids follow the order of the movements.
-_RECORD = text("""
-    WITH recorded AS (
-        INSERT INTO transaksi
-            (no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key, traceparent)
-        SELECT no_rekening, jenis_transaksi, nominal, saldo_akhir, idempotency_key, traceparent
-        FROM json_populate_recordset(NULL::transaksi, :movements) WITH ORDINALITY ORDER BY ordinality
-        RETURNING id, tanggal_transaksi, no_rekening, saldo_akhir),
-    queued AS (INSERT INTO outbox (id_transaksi) SELECT id FROM recorded),
-    updated AS (
-        UPDATE rekening SET saldo = saldo_akhir
-        FROM (SELECT DISTINCT ON (no_rekening) * FROM recorded ORDER BY no_rekening, id DESC) AS last
-        WHERE rekening.no_rekening = last.no_rekening)
-    SELECT id, tanggal_transaksi FROM recorded ORDER BY id""")
+def ping(engine: Engine) -> None:
+    """Raise DBAPIError if PostgreSQL cannot be reached."""
+    with engine.connect():
+        pass
 
 
-def lock_balances(connection: Connection, accounts: set[str]) -> dict[str, int]:
-    """Lock these accounts until the transaction ends. Returns the balances of those that exist."""
-    return dict(connection.execute(_LOCK, {"accounts": list(accounts)}).all())
+# ---------------------------------------------------------------- PIN attempts
 
 
-def find_keys(connection: Connection, movements: list[Movement]) -> dict[Key, Movement]:
-    """The movements that were made under the keys of these.
+def count_attempt(
+    engine: Engine, account: str, max_failures: int, lock_minutes: int
+) -> RowMapping | None:
+    """Count a PIN attempt before checking it. The last allowed one locks the account.
 
-    A statement of its own, after the lock: its snapshot has what the last holder of the lock committed.
+    Returns `pin_hash` and the count `pin_gagal`, or None for an unknown or locked account. A
+    lock that ends later than one made now was made by a wrong clock, and is over.
     """
-    found = connection.execute(_FIND_KEYS, {"movements": orjson.dumps(movements).decode()})
-    return {(row.no_rekening, row.idempotency_key): Movement(**row._mapping) for row in found}
+    now = func.clock_timestamp()
+    lock_end = now + timedelta(minutes=lock_minutes)
+    count = Kredensial.pin_gagal + 1
+    locked = Kredensial.terkunci_sampai.between(now, lock_end)
+    statement = (
+        update(Kredensial)
+        .where(Kredensial.no_rekening == account)
+        .where(or_(Kredensial.terkunci_sampai.is_(None), not_(locked)))
+        .values(pin_gagal=count, terkunci_sampai=case((count >= max_failures, lock_end)))
+        .returning(Kredensial.pin_hash, Kredensial.pin_gagal)
+    )
+    with engine.begin() as connection:
+        return connection.execute(statement).mappings().one_or_none()
 
 
-def record(connection: Connection, movements: list[Movement]) -> None:
-    """Write movements to balances, journal and outbox, and set their ids and times."""
-    recorded = connection.execute(_RECORD, {"movements": orjson.dumps(movements).decode()})
-    for movement, row in zip(movements, recorded, strict=True):
-        movement.id, movement.tanggal_transaksi = row
+def reset_attempts(engine: Engine, account: str, count: int) -> None:
+    """Unlock an account, unless another attempt was counted after this one."""
+    statement = (
+        update(Kredensial)
+        .where(Kredensial.no_rekening == account, Kredensial.pin_gagal == count)
+        .values(pin_gagal=0, terkunci_sampai=None)
+    )
+    with engine.begin() as connection:
+        connection.execute(statement)
 
 
-_COUNT_ATTEMPT = text("""
-    UPDATE kredensial SET pin_gagal = pin_gagal + 1, terkunci_sampai = CASE
-        WHEN pin_gagal + 1 >= :limit THEN clock_timestamp() + make_interval(mins => :lock_minutes) END
-    WHERE no_rekening = :account AND coalesce(terkunci_sampai <= clock_timestamp(), true)
-    RETURNING pin_hash, pin_gagal""")
-_FORGET_ATTEMPTS = text("""
-    UPDATE kredensial SET pin_gagal = 0, terkunci_sampai = NULL
-    WHERE no_rekening = :account AND pin_gagal = :count RETURNING true""")
-
-
-def count_attempt(engine: Engine, account: str, limit: int, lock_minutes: int) -> Row[Any] | None:
-    """Count a PIN attempt, before it is made. The `limit`-th since the last right PIN locks the account.
-
-    Returns pin_hash and the count (pin_gagal), None for an unknown or a locked account.
-    """
-    rows = _rows(engine, _COUNT_ATTEMPT, account=account, limit=limit, lock_minutes=lock_minutes)
-    return rows[0] if rows else None
-
-
-def forget_attempts(engine: Engine, account: str, count: int) -> None:
-    """Set the count back to zero and unlock, unless another attempt was counted after this one."""
-    _rows(engine, _FORGET_ATTEMPTS, account=account, count=count)
-
-
-_OUTBOX_AGE = text("""
-    SELECT coalesce(extract(epoch FROM clock_timestamp() - min(tanggal_transaksi)), 0)::float8 AS age_s
-    FROM transaksi WHERE id = (SELECT min(id_transaksi) FROM outbox)""")
-# ARRAY looks up each id by the primary key under every plan, and never scans the journal.
-_MARK_LOST = text("""
-    WITH marked AS (
-        UPDATE outbox SET dikirim_pada = clock_timestamp()
-        WHERE id_transaksi = ANY (ARRAY(
-            SELECT id_transaksi FROM outbox
-            WHERE dikirim_pada < clock_timestamp() - make_interval(secs => :after_s)
-            ORDER BY id_transaksi LIMIT :limit FOR UPDATE SKIP LOCKED))
-        RETURNING id_transaksi)
-    SELECT * FROM transaksi WHERE id = ANY (ARRAY(SELECT id_transaksi FROM marked)) ORDER BY id""")
+# ---------------------------------------------------------------- the outbox
 
 
 def outbox_age(engine: Engine) -> float:
-    """Age in seconds of the oldest movement that is not booked, 0 if all are."""
-    return float(_rows(engine, _OUTBOX_AGE)[0].age_s)
+    """Return the age in seconds of the oldest movement that is not booked, 0 if all are.
+
+    A time ahead of now, from a clock that was wrong, counts as an age, too.
+    """
+    oldest = select(func.min(Outbox.id_transaksi)).scalar_subquery()
+    age = func.extract("epoch", func.clock_timestamp() - Transaksi.tanggal_transaksi)
+    statement = select(func.abs(age)).where(Transaksi.id == oldest)
+    with engine.connect() as connection:
+        return float(connection.scalar(statement) or 0)
 
 
-def mark_lost(engine: Engine, after_s: float, limit: int) -> list[Movement]:
-    """Mark up to `limit` movements last sent over `after_s` seconds ago as sent now. Returns them."""
-    return [Movement(**row._mapping) for row in _rows(engine, _MARK_LOST, after_s=after_s, limit=limit)]
+def claim_lost(engine: Engine, after_s: float, limit: int) -> Sequence[RowMapping]:
+    """Mark movements that were last sent over `after_s` seconds ago as sent now.
+
+    Returns the journal rows of up to `limit` of them. Rows that another process claims at
+    the same moment are skipped.
+    """
+    now = func.clock_timestamp()
+    recently_sent = Outbox.dikirim_pada.between(now - timedelta(seconds=after_s), now)
+    lost = (
+        select(Outbox.id_transaksi)
+        .where(not_(recently_sent))
+        .order_by(Outbox.id_transaksi)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    journal = select(*Transaksi.__table__.c).order_by(Transaksi.id)
+    with engine.begin() as connection:
+        ids = literal(connection.scalars(lost).all(), ARRAY(BigInteger))
+        connection.execute(
+            update(Outbox).where(Outbox.id_transaksi == any_(ids)).values(dikirim_pada=now)
+        )
+        return connection.execute(journal.where(Transaksi.id == any_(ids))).mappings().all()

@@ -1,105 +1,205 @@
-"""The middleware: authentication before routing, the time limit, and the answers to refused requests."""
+"""Middleware: the request log with its timeout, authentication, and the payload limit."""
 
 import asyncio
-import logging
+import base64
 import re
-import time
-from typing import Any
+from dataclasses import dataclass
 
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+import structlog
 from opentelemetry import trace
-from pydantic import ValidationError
-from sqlalchemy.exc import DBAPIError
-from starlette.datastructures import Headers
+from starlette.authentication import (
+    AuthCredentials,
+    AuthenticationBackend,
+    AuthenticationError,
+    SimpleUser,
+)
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars, clear_contextvars, get_contextvars
+from structlog.typing import FilteringBoundLogger
 
-from common.connections import describe
-from common.telemetry import masked
-from transaksi.app import REFUSALS, Refusal
-from transaksi.pin import PinCheck, parse
+from common.telemetry import mask
+from transaksi.api import OPEN_PATHS, error_response
+from transaksi.app import Bank, BankError, NotAuthenticated, NotExecuted, OutcomeUnknown, deadline
 
-log = logging.getLogger(__name__)
+log: FilteringBoundLogger = structlog.get_logger()
 
-# A 401 is never sent earlier, so that its time does not tell its cause. 0.3 s, and the timer's precision.
+# No 401 is sent earlier, so that timing does not reveal the cause: 0.3 s and the timer's error.
 MIN_401_S = 0.302
-SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
-OPEN_PATHS = {"/health", "/docs", "/openapi.json", *(f"/static-offline-docs/{name}" for name in SWAGGER)}
+MAX_PAYLOAD = 4096
 
 
-class Gate:
-    """Middleware: authenticates every request, ends it at the time limit, answers refusals, logs the outcome.
+class RequestLog:
+    """Writes one log line for each request, and answers when nobody else does.
 
-    Endpoints find the customer's account in `scope["account"]`, and put what the log line shows of a request
-    into `scope["context"]`.
+    The line has what was bound while the request was served. A request without an answer half
+    a second after its deadline was not executed: the teller answers in time.
     """
 
-    def __init__(self, app: ASGIApp, pins: PinCheck, time_limit_s: int) -> None:
+    def __init__(self, app: ASGIApp, timeout_s: int) -> None:
         self._app = app
-        self._pins = pins
-        self._time_limit_s = time_limit_s
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        arrived = time.monotonic()
-        is_open = scope["path"] in OPEN_PATHS
-        path = re.sub("[0-9]{6,}", "*", scope["path"][:100])  # no account number, no PIN
-        context = scope["context"] = {"path": path}
-
-        async def respond(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                context["status"] = message["status"]
-                trace.get_current_span().set_attributes(context)
-            await send(message)
-
+        arrived = now()
+        deadline.set(arrived + self._timeout_s)
+        clear_contextvars()
+        # No account number and no PIN in the path.
+        path = re.sub("[0-9]{6,}", "*", scope["path"][:100])
+        bind_contextvars(method=scope["method"], path=path)
+        answer = Answer(send, arrived)
         try:
-            async with asyncio.timeout(None if is_open else self._time_limit_s):
-                if not is_open:
-                    scope["account"] = await self._authenticate(scope, arrived)
-                await self._app(scope, receive, respond)
-            refusal = None
-        except Refusal as raised:
-            refusal = raised
-        except (TimeoutError, asyncio.CancelledError):  # or the server is stopping
-            if "status" in context:
-                raise
-            refusal = Refusal("unavailable", "time limit")  # in a PIN check or a read
-        except DBAPIError as error:
-            refusal = Refusal("unavailable", describe(error))
-        except Exception:
-            log.exception("unexpected error", extra=context)
-            refusal = Refusal("unexpected")
-        context["duration_ms"] = round((time.monotonic() - arrived) * 1000, 1)
-        if refusal:
-            context |= {"status": refusal.status, "remark": refusal.remark, "reason": refusal.reason}
-            log.warning("request refused", extra=context)
-            trace.get_current_span().set_attributes(context)
-            response = JSONResponse({"remark": refusal.remark}, refusal.status, refusal.headers)
-            await response(scope, receive, send)
-        elif not is_open:
-            log.info(scope.get("event", "request answered"), extra=context)
+            async with asyncio.timeout_at(arrived + self._timeout_s + 0.5) as answer.timeout:
+                await self._app(simplify(scope), receive, answer)
+        except TimeoutError:
+            await answer.fail(NotExecuted("timeout"), scope, receive)
+        except asyncio.CancelledError:
+            await answer.fail(OutcomeUnknown("the service stops"), scope, receive)
+        except Exception as error:
+            if not answer.status:  # otherwise the client has left
+                log.exception("unexpected error")
+            await answer.fail(error, scope, receive)
+        if scope["path"] not in OPEN_PATHS:
+            log_outcome(answer.status, duration_ms=round((now() - arrived) * 1000, 1))
 
-    async def _authenticate(self, scope: Scope, arrived: float) -> str:
+
+class Answer:
+    """Sends the answer to a request, and knows its status. Delays a 401."""
+
+    def __init__(self, send: Send, arrived: float) -> None:
+        self.status = 0  # until the answer starts
+        self.timeout: asyncio.Timeout
+        self._send = send
+        self._arrived = arrived
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self.status == 401:
+                await asyncio.sleep(self._arrived + MIN_401_S - now())
+            self.timeout.reschedule(None)  # reading the answer may take the client longer
+            trace.get_current_span().set_attributes(get_contextvars())
+        await self._send(message)
+
+    async def fail(self, error: Exception, scope: Scope, receive: Receive) -> None:
+        """Answer an error, if no answer has started."""
+        if not self.status:
+            response = error_response(error)
+            self.status = response.status_code
+            await response(scope, receive, self._send)
+
+
+def now() -> float:
+    """Return the event loop's time in seconds."""
+    return asyncio.get_running_loop().time()
+
+
+def simplify(scope: Scope) -> Scope:
+    """Have HEAD served like GET, whose body uvicorn then leaves out, and ignore Range.
+
+    https://www.rfc-editor.org/rfc/rfc9110#section-14.2
+    """
+    if scope["method"] == "HEAD":
+        scope = {**scope, "method": "GET"}
+    if scope["path"] in OPEN_PATHS:
+        headers = [header for header in scope["headers"] if header[0] != b"range"]
+        scope = {**scope, "headers": headers}
+    return scope
+
+
+def log_outcome(status: int, duration_ms: float) -> None:
+    """Write the log line of a request, with the level of its outcome."""
+    if status >= 500:
+        log.error("request failed", status=status, duration_ms=duration_ms)
+    elif status >= 400:
+        log.warning("request refused", status=status, duration_ms=duration_ms)
+    else:
+        log.info("request answered", status=status, duration_ms=duration_ms)
+
+
+# ---------------------------------------------------------------- authentication
+
+CREDENTIALS = re.compile(rb"([0-9]{10,16}):([0-9]{6})")
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What the Authorization header says."""
+
+    account: str
+    pin: str
+
+
+class RefusedAuthentication(AuthenticationError):
+    """Carries the bank's error out of the backend: Starlette catches nothing else."""
+
+    def __init__(self, error: BankError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class BasicAuthentication(AuthenticationBackend):
+    """Authenticates by account number and PIN. The account is `request.user.username`."""
+
+    def __init__(self, bank: Bank) -> None:
+        self._bank = bank
+
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser] | None:
+        if conn.scope["path"] in OPEN_PATHS:
+            return None
         try:
-            account, pin = parse(Headers(scope=scope).getlist("authorization"))
-            scope["context"]["no_rekening"] = masked(account)
-            await self._pins.check(account, pin)
-        except Refusal:
-            await asyncio.sleep(arrived + MIN_401_S - time.monotonic())
-            raise
-        return account
+            credentials = parse_credentials(conn.headers.getlist("authorization"))
+            bind_contextvars(no_rekening=mask(credentials.account))
+            await self._bank.authenticate(credentials.account, credentials.pin)
+        except BankError as error:
+            raise RefusedAuthentication(error) from error
+        return AuthCredentials(), SimpleUser(credentials.account)
 
 
-async def refuse(_: Request, error: Any) -> Response:
-    """Turn errors of FastAPI and pydantic into refusals: 404, 405, and a malformed payload or query."""
-    if isinstance(error, HTTPException):
-        raise Refusal(str(error.status_code), headers=error.headers)
-    fields = [str(part) for problem in error.errors() for part in problem["loc"]]
-    raise Refusal(next((field for field in fields if field in REFUSALS), "not_json"))
+def parse_credentials(headers: list[str]) -> Credentials:
+    """Parse the one Authorization header (RFC 7617). Raises NotAuthenticated."""
+    scheme, _, token = "".join(headers[:1]).partition(" ")
+    try:
+        match = CREDENTIALS.fullmatch(base64.b64decode(token.strip(), validate=True))
+    except ValueError:
+        match = None
+    if len(headers) != 1 or scheme.lower() != "basic" or not match:
+        raise NotAuthenticated("missing or malformed credentials")
+    return Credentials(match[1].decode(), match[2].decode())
 
 
-HANDLERS = dict.fromkeys((HTTPException, RequestValidationError, ValidationError), refuse)
+def refuse_authentication(_: HTTPConnection, error: AuthenticationError) -> Response:
+    """Answer for Starlette's AuthenticationMiddleware."""
+    assert isinstance(error, RefusedAuthentication)
+    return error_response(error.error)
+
+
+# ---------------------------------------------------------------- the payload
+
+
+class PayloadLimit:
+    """Refuses payloads of over 4 KiB, however they are sent.
+
+    FastAPI's `max_body_size` answers in plain text.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def receive_limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_PAYLOAD:
+                raise HTTPException(413)
+            return message
+
+        await self._app(scope, receive_limited, send)

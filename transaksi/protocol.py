@@ -1,36 +1,106 @@
-"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks: a client needs no PIN to get here."""
+"""uvicorn's HTTP/1.1 protocol with limits it lacks, because unauthenticated clients reach it."""
 
+import asyncio
+from typing import cast
+
+import structlog
+from structlog.typing import FilteringBoundLogger
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD = 65_536  # bytes
+log: FilteringBoundLogger = structlog.get_logger()
+
+MAX_HEAD = 16_384  # bytes
 MAX_PIPELINED = 16
+MAX_CONNECTIONS = 1000
+LINGER_S = 1  # for a client that still sends a payload which nobody reads
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Bounds heads and pipelines. Keeps what follows a request from changing its meaning or its answer."""
+    """Limits request heads, pipelined requests and connections.
+
+    Bytes after a request cannot change how it is read or answered.
+    """
+
+    head_timeout_s = 5
+    warned = False
 
     unparsed = 0  # bytes since the parser last reported a whole head or a piece of a payload
-    upgraded = False
+    ignores_input = False
+    idle_since = 0.0  # seconds of the event loop's clock
+    head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.idle_since = self.loop.time()
+        self.expect_head()
+        if len(self.connections) > MAX_CONNECTIONS:
+            self.drop_idle_connection()
+
+    def drop_idle_connection(self) -> None:
+        """Close the connection that has been idle for longest, maybe this new one.
+
+        Idle is a connection whose client owes us something: a head, or reading an answer.
+        """
+        if not BoundedHttp.warned:
+            log.warning("connection limit reached", limit=MAX_CONNECTIONS)
+            BoundedHttp.warned = True
+        connections = cast(set[BoundedHttp], self.connections)
+        idle = [one for one in connections if not one.cycle or one.cycle.response_started]
+        oldest = min(idle, key=lambda one: one.idle_since)
+        connections.discard(oldest)
+        oldest.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.stop_head_timer()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.upgraded:  # the parser has stopped: what follows, a payload too, is no next request
+        if self.ignores_input:
             return
         self.unparsed += len(data)
         super().data_received(data)
         if self.unparsed > MAX_HEAD and not self.transport.is_closing():
             self.send_400_response("Request head too large.")
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.expect_head()
+
+    def expect_head(self) -> None:
+        """Close the connection unless a whole head arrives in time."""
+        self.stop_head_timer()
+        self.head_timer = self.loop.call_later(self.head_timeout_s, self.on_head_timeout)
+
+    def stop_head_timer(self) -> None:
+        if self.head_timer:
+            self.head_timer.cancel()
+
+    def on_head_timeout(self) -> None:
+        if not self.cycle or self.cycle.response_complete:
+            self.transport.close()
+
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) + 32 for name, value in self.headers)
         if size > MAX_HEAD or len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError  # ends the connection with uvicorn's 400
         super().on_headers_complete()
+        self.stop_head_timer()
         self.unparsed = 0
         self.headers = []  # the fields of a trailer are no headers (RFC 9110, section 6.5.1)
 
     def on_body(self, body: bytes) -> None:
         self.unparsed = 0
         super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        is_unread = not self.pipeline and self.cycle.more_body
+        super().on_response_complete()
+        self.idle_since = self.loop.time()
+        if is_unread and not self.transport.is_closing():
+            # What is left of the payload must not be taken for the next request.
+            self.ignores_input = True
+            self.transport.write_eof()
+            self.loop.call_later(LINGER_S, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         if self.cycle and not self.cycle.response_complete:  # this would be taken for its answer
@@ -39,5 +109,6 @@ class BoundedHttp(HttpToolsProtocol):
             super().send_400_response(msg)
 
     def _unsupported_upgrade_warning(self) -> None:
-        self.upgraded = True
+        # The parser has stopped: what follows, a payload too, is no next request.
+        self.ignores_input = True
         self.cycle.keep_alive = False

@@ -1,0 +1,75 @@
+"""The message between the services: one entry of the Redis Stream for each movement."""
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from common.telemetry import mask
+
+STREAM = "mutasi"
+MAX_NOMINAL = 1_000_000_000_000
+
+JenisTransaksi = Literal["tabung", "tarik"]
+
+
+def parse_int(value: int | str) -> int:
+    """Parse a positive whole number. int() alone would accept " +1_0", too."""
+    if isinstance(value, str) and not re.fullmatch("[1-9][0-9]{0,18}", value):
+        raise ValueError("not a positive whole number")
+    return int(value)
+
+
+def parse_time(value: datetime | str) -> datetime:
+    """Parse the one form of time that `to_entry` writes: UTC with microseconds."""
+    if isinstance(value, datetime):
+        return value
+    time = datetime.fromisoformat(value)
+    if format_time(time) != value or not value.endswith("+00:00"):
+        raise ValueError("not a time of the form 2026-01-31T23:59:59.000000+00:00")
+    return time
+
+
+def format_time(time: datetime) -> str:
+    return time.isoformat(timespec="microseconds")
+
+
+class MutationRequest(BaseModel):
+    """A movement for service mutasi to book. `nominal` is whole rupiah, the time is UTC."""
+
+    id_transaksi: Annotated[int, BeforeValidator(parse_int), Field(lt=2**63)]
+    tanggal_transaksi: Annotated[datetime, BeforeValidator(parse_time)]
+    no_rekening: str = Field(pattern="^[0-9]{10,16}$")
+    jenis_transaksi: JenisTransaksi
+    nominal: Annotated[int, BeforeValidator(parse_int), Field(le=MAX_NOMINAL)]
+    traceparent: str | None = Field(None, pattern="^[0-9a-f-]{55}$")
+
+    def to_entry(self) -> dict[Any, Any]:
+        """Return the fields of the stream entry."""
+        fields = self.model_dump(exclude_none=True)
+        fields["tanggal_transaksi"] = format_time(self.tanggal_transaksi)
+        return fields
+
+    @classmethod
+    def from_entry(cls, fields: Mapping[bytes, bytes]) -> Self:
+        """Parse a stream entry. Unknown fields are ignored.
+
+        Raises ValueError if a field is missing, has another form, or is not UTF-8.
+        """
+        names = [name for name in cls.model_fields if name.encode() in fields]
+        return cls.model_validate({name: fields[name.encode()].decode() for name in names})
+
+    def log_context(self) -> dict[str, Any]:
+        """Return the movement as logs and traces show it."""
+        context = self.model_dump(mode="json", exclude={"traceparent"})
+        return context | {"no_rekening": mask(self.no_rekening)}
+
+
+def parse_error(error: ValueError) -> str:
+    """Say which field is bad, without its value."""
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_input=False)[0]
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['type']}"
+    return type(error).__name__

@@ -1,0 +1,130 @@
+"""Committed movements to the Redis Stream, at least once.
+
+The teller hands over each batch in memory, right after its commit. What cannot be sent is
+dropped: a movement stays in the outbox until it is booked, and lost ones are resent from there.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+from redis import Redis
+from sqlalchemy import Engine, RowMapping
+from structlog.typing import FilteringBoundLogger
+
+from common.stream import STREAM, MutationRequest
+from common.telemetry import current_traceparent, message_span
+from transaksi import datastore
+from transaksi.datastore import Database
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+
+class Stream:
+    """The way of committed movements to service mutasi.
+
+    A movement that is not booked after twice `resend_after_s` seconds is resent.
+    """
+
+    BATCH = 1000
+    MAX_WAITING = 10_000
+    GATHER_S = 0.01  # larger batches cost fewer fsyncs, and fewer transactions in mutasi
+    PAUSE_S = 1  # after an error
+
+    def __init__(self, database: Database, redis: Redis, resend_after_s: int) -> None:
+        self._database = database
+        self._redis = redis
+        self._resend_after_s = resend_after_s
+        self._waiting: deque[RowMapping] = deque(maxlen=self.MAX_WAITING)
+        self._arrived = asyncio.Event()
+
+    def hand_over(self, journal: Sequence[RowMapping]) -> None:
+        """Take the journal rows of committed movements. Too many drop the oldest."""
+        self._waiting.extend(journal)
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Send what is handed over until cancelled."""
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            await asyncio.sleep(self.GATHER_S)
+            try:
+                await self._send_waiting()
+            except Exception:
+                self._waiting.clear()
+                await self._failed("sending to the stream failed")
+
+    async def close(self) -> None:
+        """Send what waits, within two seconds."""
+        try:
+            async with asyncio.timeout(2):
+                await self._send_waiting()
+        except Exception:
+            log.exception("sending to the stream failed")
+
+    async def _send_waiting(self) -> None:
+        while self._waiting:
+            count = min(len(self._waiting), self.BATCH)
+            batch = [self._waiting.popleft() for _ in range(count)]
+            await self._database.run(self._send, batch)
+
+    async def resend(self) -> None:
+        """Look for lost movements, and resend them, until cancelled."""
+        while True:
+            try:
+                while await self._database.run(self._resend_lost) == self.BATCH:
+                    pass
+            except Exception:
+                await self._failed("resending failed")
+            await asyncio.sleep(self._resend_after_s / 2)
+
+    async def _failed(self, message: str) -> None:
+        """Log the current exception, pause, and have the Redis client connect anew."""
+        log.exception(message)
+        self._redis.connection_pool.disconnect()
+        await asyncio.sleep(self.PAUSE_S)
+
+    def _send(self, _: Engine, journal: Sequence[RowMapping]) -> None:
+        """Add movements to the stream, all or none."""
+        with self._redis.pipeline(transaction=True) as pipe:
+            for row in journal:
+                pipe.xadd(STREAM, to_entry(row))
+            pipe.execute()
+
+    def _resend_lost(self, engine: Engine) -> int:
+        """Resend movements that were lost. Returns how many.
+
+        If the stream is empty or its oldest entry is young, no entry is merely delayed, so a
+        row that was sent long ago and is not booked must have been lost. It is marked as sent
+        before it is sent: no row lock is held while waiting for Redis, and a failure to send
+        it is a loss like any other.
+        """
+        self._report_age(datastore.outbox_age(engine))
+        now_s, _ = self._redis.time()  # ids of entries begin with their time in milliseconds
+        oldest_ms = (now_s - self._resend_after_s) * 1000
+        if self._redis.xrange(STREAM, max=oldest_ms, count=1):
+            return 0
+        lost = datastore.claim_lost(engine, 2 * self._resend_after_s, self.BATCH)
+        if lost:
+            self._send(engine, lost)
+            log.info("movements resent", count=len(lost))
+        return len(lost)
+
+    def _report_age(self, age_s: float) -> None:
+        if age_s > 3 * self._resend_after_s:
+            is_far_behind = age_s > 10 * self._resend_after_s
+            level = logging.ERROR if is_far_behind else logging.WARNING
+            log.log(level, "outbox is behind", age_s=round(age_s))
+
+
+def to_entry(row: RowMapping) -> dict[Any, Any]:
+    """Return the stream entry of a journal row. It continues the trace of its request."""
+    request = MutationRequest.model_validate({**row, "id_transaksi": row["id"]})
+    if request.traceparent:
+        with message_span("send", STREAM, request.traceparent, request.log_context()):
+            request.traceparent = current_traceparent() or request.traceparent
+    return request.to_entry()
