@@ -26,10 +26,11 @@ test-long: $(READY)  ## the tests that take longer
 bench: $(READY)  ## measure
 	$(BIN)/python -m dev.bench
 
-lint: $(READY)   ## formatting, style, types, and the compose file where Docker is there
+lint: $(READY)   ## formatting, style, types, kubernetes.yaml, and the compose file where Docker is there
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
+	$(BIN)/kubernetes-validate --strict --quiet -k 1.37 kubernetes.yaml
 	@if docker compose version >/dev/null 2>&1; then docker compose config -q; fi
 
 format: $(READY) ## format the code

@@ -1,12 +1,23 @@
-"""Connections to PostgreSQL and Redis, and what may be logged of their errors."""
+"""Connections to PostgreSQL and Redis, and the types of columns."""
 
 import os
 from argparse import Namespace
-from typing import Any
+from datetime import datetime
+from typing import get_args
 
 from redis import Redis
-from sqlalchemy import URL, Engine, create_engine, event
+from sqlalchemy import URL, BigInteger, DateTime, Engine, create_engine, event
+from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.engine import ExceptionContext
+
+from common.stream import JenisTransaksi
+
+# How the columns of init.sql appear in mapped classes.
+COLUMN_TYPES = {
+    int: BigInteger(),
+    datetime: DateTime(timezone=True),
+    JenisTransaksi: ENUM(*get_args(JenisTransaksi), name="jenis_transaksi"),
+}
 
 # SQLSTATEs of a server that takes no writes or is ending. A ping would still succeed.
 WRONG_SERVER = {"25006", "57P01", "57P02", "57P03"}
@@ -63,17 +74,3 @@ def is_data_error(error: BaseException | None) -> bool:
     """Return whether PostgreSQL refused the data (class 22 or 23), so a retry cannot help."""
     code = getattr(getattr(error, "orig", None), "pgcode", None) or ""
     return code[:2] in ("22", "23")
-
-
-def error_summary(error: Exception) -> str:
-    """Summarise a server error in one line, without its text about data.
-
-    What remains is libpq's text about a connection, or redis-py's text without the
-    command of a pipeline.
-    """
-    cause: Any = getattr(error, "orig", None) or error
-    name = type(cause).__name__
-    if code := getattr(cause, "pgcode", None):
-        return f"{name} {code} {cause.diag.constraint_name or ''}".strip()
-    text = str(cause).rpartition(" of pipeline caused error: ")[2]
-    return f"{name}: {text.partition(chr(10))[0]}"

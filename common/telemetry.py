@@ -18,8 +18,6 @@ from structlog.contextvars import merge_contextvars
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
-from common.connections import error_summary
-
 log: FilteringBoundLogger = structlog.get_logger()
 tracer = trace.get_tracer(__name__)
 propagator = TraceContextTextMapPropagator()
@@ -91,6 +89,20 @@ def start_logging(service: str, level: str) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     sys.excepthook = lambda *error: log.critical("died", exc_info=error)
+
+
+def error_summary(error: Exception) -> str:
+    """Summarise a server error in one line, without its text about data.
+
+    What remains is libpq's text about a connection, or redis-py's text without the
+    command of a pipeline.
+    """
+    cause: Any = getattr(error, "orig", None) or error
+    name = type(cause).__name__
+    if code := getattr(cause, "pgcode", None):
+        return f"{name} {code} {cause.diag.constraint_name or ''}".strip()
+    text = str(cause).rpartition(" of pipeline caused error: ")[2]
+    return f"{name}: {text.partition(chr(10))[0]}"
 
 
 def mask(no_rekening: str) -> str:

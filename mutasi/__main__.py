@@ -3,15 +3,10 @@
 import signal
 from threading import Event
 
-import structlog
-from structlog.typing import FilteringBoundLogger
-
 from common.config import development_passwords, new_parser, read_settings
 from common.connections import open_engine, open_redis
-from common.telemetry import start_logging
+from common.telemetry import log, start_logging
 from mutasi.api import consume
-
-log: FilteringBoundLogger = structlog.get_logger()
 
 
 def main() -> None:

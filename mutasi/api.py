@@ -7,17 +7,14 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import structlog
 from redis import Redis
 from redis.exceptions import ResponseError
 from sqlalchemy import Engine
-from structlog.typing import FilteringBoundLogger
 
 from common.stream import STREAM
+from common.telemetry import log
 from mutasi import datastore
 from mutasi.app import BadMessage, Message, store
-
-log: FilteringBoundLogger = structlog.get_logger()
 
 DEAD_LETTERS = f"{STREAM}:dead-letter"
 MAX_DEAD_LETTERS = 10_000

@@ -5,17 +5,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import structlog
 from sqlalchemy import Engine, RowMapping
 from sqlalchemy.exc import DBAPIError
-from structlog.typing import FilteringBoundLogger
 
-from common.connections import error_summary, is_data_error
+from common.connections import is_data_error
 from common.stream import STREAM, MutationRequest, parse_error
-from common.telemetry import message_span
+from common.telemetry import error_summary, log, message_span
 from mutasi import datastore
-
-log: FilteringBoundLogger = structlog.get_logger()
 
 
 @dataclass(frozen=True)

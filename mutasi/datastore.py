@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import get_args
+from typing import ClassVar
 
 from sqlalchemy import ARRAY, BigInteger, Engine, RowMapping, any_, delete, literal
-from sqlalchemy.dialects.postgresql import ENUM, insert
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from common.connections import COLUMN_TYPES
 from common.stream import JenisTransaksi, MutationRequest
 
 
 class Base(DeclarativeBase):
     """The tables that service mutasi uses."""
+
+    type_annotation_map: ClassVar = COLUMN_TYPES
 
 
 class Mutasi(Base):
@@ -20,13 +23,11 @@ class Mutasi(Base):
 
     __tablename__ = "mutasi"
 
-    id_transaksi: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    id_transaksi: Mapped[int] = mapped_column(primary_key=True)
     no_rekening: Mapped[str]
     tanggal_transaksi: Mapped[datetime]
-    jenis_transaksi: Mapped[JenisTransaksi] = mapped_column(
-        ENUM(*get_args(JenisTransaksi), name="jenis_transaksi", create_type=False)
-    )
-    nominal: Mapped[int] = mapped_column(BigInteger)
+    jenis_transaksi: Mapped[JenisTransaksi]
+    nominal: Mapped[int]
 
 
 class Outbox(Base):
@@ -34,7 +35,7 @@ class Outbox(Base):
 
     __tablename__ = "outbox"
 
-    id_transaksi: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    id_transaksi: Mapped[int] = mapped_column(primary_key=True)
 
 
 INSERT_ONCE = (

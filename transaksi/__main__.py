@@ -9,17 +9,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import structlog
 import uvicorn
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
-from structlog.typing import FilteringBoundLogger
 
 from common.config import PORT, development_passwords, int_range, new_parser, read_settings
 from common.connections import open_redis
-from common.telemetry import start_logging
+from common.telemetry import log, start_logging
 from transaksi.api import HANDLERS, OPEN_PATHS, routes
 from transaksi.app import Bank, PinCheck, Teller
 from transaksi.datastore import Database
@@ -31,8 +29,6 @@ from transaksi.middleware import (
 )
 from transaksi.protocol import BoundedHttp
 from transaksi.stream import Stream
-
-log: FilteringBoundLogger = structlog.get_logger()
 
 
 def create_app(settings: Namespace) -> FastAPI:

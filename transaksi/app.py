@@ -14,20 +14,18 @@ from functools import partial
 from typing import TypeVar
 
 import bcrypt
-import structlog
 from cachetools import TTLCache
 from sqlalchemy import Connection, Engine, RowMapping
 from sqlalchemy.exc import DBAPIError
-from structlog.typing import FilteringBoundLogger
 
-from common.connections import error_summary, is_data_error
+from common.connections import is_data_error
 from common.stream import JenisTransaksi
+from common.telemetry import error_summary, log
 from transaksi import datastore
 from transaksi.datastore import Database
 
 T = TypeVar("T")
 
-log: FilteringBoundLogger = structlog.get_logger()
 
 MAX_SALDO = 2**53 - 1  # JSON clients read integers up to this exactly (RFC 8259, section 6)
 

@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import (
     ARRAY,
@@ -35,18 +35,15 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from common.connections import open_engine
+from common.connections import COLUMN_TYPES, open_engine
 from common.stream import JenisTransaksi
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 Key = tuple[str, str | None]  # account, idempotency key
-
-JENIS = ENUM(*get_args(JenisTransaksi), name="jenis_transaksi", create_type=False)
 
 
 class Database:
@@ -77,6 +74,8 @@ class Database:
 class Base(DeclarativeBase):
     """The tables of service transaksi."""
 
+    type_annotation_map: ClassVar = COLUMN_TYPES
+
 
 class Rekening(Base):
     """A customer's account and its balance."""
@@ -84,7 +83,7 @@ class Rekening(Base):
     __tablename__ = "rekening"
 
     no_rekening: Mapped[str] = mapped_column(primary_key=True)
-    saldo: Mapped[int] = mapped_column(BigInteger)
+    saldo: Mapped[int]
 
 
 class Kredensial(Base):
@@ -103,11 +102,11 @@ class Transaksi(Base):
 
     __tablename__ = "transaksi"
 
-    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
     no_rekening: Mapped[str] = mapped_column(ForeignKey(Rekening.no_rekening))
-    jenis_transaksi: Mapped[JenisTransaksi] = mapped_column(JENIS)
-    nominal: Mapped[int] = mapped_column(BigInteger)
-    saldo_akhir: Mapped[int] = mapped_column(BigInteger)
+    jenis_transaksi: Mapped[JenisTransaksi]
+    nominal: Mapped[int]
+    saldo_akhir: Mapped[int]
     tanggal_transaksi: Mapped[datetime]
     idempotency_key: Mapped[str | None]
     traceparent: Mapped[str | None]
@@ -130,8 +129,8 @@ class Mutasi(Base):
     id_transaksi: Mapped[int] = mapped_column(ForeignKey(Transaksi.id), primary_key=True)
     no_rekening: Mapped[str]
     tanggal_transaksi: Mapped[datetime]
-    jenis_transaksi: Mapped[JenisTransaksi] = mapped_column(JENIS)
-    nominal: Mapped[int] = mapped_column(BigInteger)
+    jenis_transaksi: Mapped[JenisTransaksi]
+    nominal: Mapped[int]
 
 
 # ---------------------------------------------------------------- a batch of movements

@@ -5,7 +5,6 @@ import base64
 import re
 from dataclasses import dataclass
 
-import structlog
 from opentelemetry import trace
 from starlette.authentication import (
     AuthCredentials,
@@ -18,13 +17,10 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars, get_contextvars
-from structlog.typing import FilteringBoundLogger
 
-from common.telemetry import mask
+from common.telemetry import log, mask
 from transaksi.api import OPEN_PATHS, error_response
 from transaksi.app import Bank, BankError, NotAuthenticated, NotExecuted, OutcomeUnknown, deadline
-
-log: FilteringBoundLogger = structlog.get_logger()
 
 # No 401 is sent earlier, so that timing does not reveal the cause: 0.3 s and the timer's error.
 MIN_401_S = 0.302

@@ -3,11 +3,9 @@
 import asyncio
 from typing import cast
 
-import structlog
-from structlog.typing import FilteringBoundLogger
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-log: FilteringBoundLogger = structlog.get_logger()
+from common.telemetry import log
 
 MAX_HEAD = 16_384  # bytes
 MAX_PIPELINED = 16

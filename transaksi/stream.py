@@ -10,17 +10,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import structlog
 from redis import Redis
 from sqlalchemy import Engine, RowMapping
-from structlog.typing import FilteringBoundLogger
 
 from common.stream import STREAM, MutationRequest
-from common.telemetry import current_traceparent, message_span
+from common.telemetry import current_traceparent, log, message_span
 from transaksi import datastore
 from transaksi.datastore import Database
-
-log: FilteringBoundLogger = structlog.get_logger()
 
 
 class Stream:
