@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from common.telemetry import mask
 
 STREAM = "mutasi"
+DEAD_LETTERS = f"{STREAM}:dead-letter"
 MAX_NOMINAL = 1_000_000_000_000
 
 JenisTransaksi = Literal["tabung", "tarik"]

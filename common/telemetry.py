@@ -3,13 +3,14 @@
 import logging
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 import structlog
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from redis.exceptions import RedisError
@@ -146,3 +147,12 @@ def message_span(
         attributes=attributes,
         start_time=started_ns,
     )
+
+
+def add_gauge(name: str, unit: str, read: Callable[[], float]) -> None:
+    """Report `read()` whenever metrics are exported: never unless OTEL_METRICS_EXPORTER is set."""
+
+    def observe(_: metrics.CallbackOptions) -> list[metrics.Observation]:
+        return [metrics.Observation(read())]
+
+    metrics.get_meter(__name__).create_observable_gauge(name, [observe], unit)

@@ -11,12 +11,11 @@ from redis import Redis
 from redis.exceptions import ResponseError
 from sqlalchemy import Engine
 
-from common.stream import STREAM
+from common.stream import DEAD_LETTERS, STREAM
 from common.telemetry import log
 from mutasi import datastore
 from mutasi.app import BadMessage, Message, store
 
-DEAD_LETTERS = f"{STREAM}:dead-letter"
 MAX_DEAD_LETTERS = 10_000
 BATCH = 1000
 BLOCK_MS = 500

@@ -8,16 +8,21 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from redis import Redis
+from sqlalchemy import Engine
 from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
 
 from common.config import PORT, development_passwords, int_range, new_parser, read_settings
 from common.connections import open_redis
-from common.telemetry import log, start_logging
+from common.stream import DEAD_LETTERS, STREAM
+from common.telemetry import add_gauge, log, start_logging
+from transaksi import datastore
 from transaksi.api import HANDLERS, OPEN_PATHS, routes
 from transaksi.app import Bank, PinCheck, Teller
 from transaksi.datastore import Database
@@ -33,34 +38,23 @@ from transaksi.stream import Stream
 
 def create_app(settings: Namespace) -> FastAPI:
     """Wire up the service."""
-    stream = Stream(Database(settings, threads=1), open_redis(settings), settings.resend_after)
+    redis = open_redis(settings)
+    stream_database = Database(settings, threads=1)
+    stream = Stream(stream_database, redis, settings.resend_after)
     teller = Teller(Database(settings, threads=1), on_commit=stream.hand_over)
     # A bcrypt thread per core, of low priority, so that checks do not slow authenticated
     # customers.
     pin_database = Database(settings, threads=os.cpu_count() or 1, nice=10)
     pins = PinCheck(pin_database, settings)
     bank = Bank(teller, pins, reads=Database(settings, threads=2))
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        work = (teller.run(), stream.run(), stream.resend())
-        tasks = [asyncio.create_task(one) for one in work]
-        for task in tasks:
-            task.add_done_callback(stop_if_failed)
-        log.info("started")
-        yield
-        # All requests have been answered.
-        for task in tasks:
-            task.cancel()
-        pin_database.close()
-        await stream.close()
+    add_gauges(teller, stream_database.engine, redis)
 
     app = FastAPIOffline(
         title="transaksi",
         version="3.0.0",
         description="Deposits and withdrawals of a tiny savings bank, in whole rupiah.",
         routes=routes,
-        lifespan=lifespan,
+        lifespan=lambda _: background(teller, stream, pin_database),
         middleware=[
             Middleware(RequestLog, timeout_s=settings.request_timeout),
             Middleware(
@@ -81,6 +75,32 @@ def create_app(settings: Namespace) -> FastAPI:
     )
     app.state.bank = bank
     return app
+
+
+@asynccontextmanager
+async def background(teller: Teller, stream: Stream, pin_database: Database) -> AsyncIterator[None]:
+    """Run the teller and the stream while requests are served."""
+    work = (teller.run(), stream.run(), stream.resend())
+    tasks = [asyncio.create_task(one) for one in work]
+    for task in tasks:
+        task.add_done_callback(stop_if_failed)
+    log.info("started")
+    yield
+    # All requests have been answered.
+    for task in tasks:
+        task.cancel()
+    pin_database.close()
+    await stream.close()
+    log.info("stopped")
+
+
+def add_gauges(teller: Teller, engine: Engine, redis: Redis) -> None:
+    """Add what an operator can alarm on to the metrics."""
+    add_gauge("tabungan.unbooked.age", "s", partial(datastore.outbox_age, engine))
+    add_gauge("tabungan.unbooked.count", "{movement}", partial(datastore.outbox_count, engine))
+    add_gauge("tabungan.stream.length", "{entry}", lambda: redis.xlen(STREAM))
+    add_gauge("tabungan.dead_letters", "{entry}", lambda: redis.xlen(DEAD_LETTERS))
+    add_gauge("tabungan.waiting", "{request}", teller.waiting)
 
 
 def stop_if_failed(task: asyncio.Task[None]) -> None:
@@ -134,7 +154,6 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     uvicorn.Server(config).run()
-    log.info("stopped")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import secrets
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import bcrypt
 from cachetools import TTLCache
@@ -22,7 +22,7 @@ from common.connections import is_data_error
 from common.stream import JenisTransaksi
 from common.telemetry import error_summary, log
 from transaksi import datastore
-from transaksi.datastore import Database
+from transaksi.datastore import Database, Key
 
 T = TypeVar("T")
 
@@ -81,6 +81,11 @@ class Movement:
     idempotency_key: str | None = None
     traceparent: str | None = None
 
+    @property
+    def key(self) -> Key | None:
+        """What may move money only once: the account with the idempotency key."""
+        return (self.no_rekening, self.idempotency_key) if self.idempotency_key else None
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -130,8 +135,6 @@ def replay(movement: Movement, earlier: RowMapping) -> Receipt:
 
 # ---------------------------------------------------------------- the teller
 
-Result = Receipt | BankError
-
 
 @dataclass(eq=False)
 class Pending:
@@ -140,14 +143,7 @@ class Pending:
     movement: Movement
     future: asyncio.Future[Receipt]
     taken: bool = False  # from then on, only the database knows the outcome
-
-
-@dataclass
-class Batch:
-    """What became of movements that shared a transaction."""
-
-    results: dict[Movement, Result] = field(default_factory=dict)
-    journal: Sequence[RowMapping] = ()  # rows of the accepted ones
+    result: Receipt | BankError | None = None  # set in the teller's thread
 
 
 class Teller:
@@ -166,11 +162,10 @@ class Teller:
         self._database = database
         self._on_commit = on_commit
         self._queue: asyncio.Queue[Pending] = asyncio.Queue(self.MAX_WAITING)
-        self._deferred: list[Pending] = []  # their key was in the batch already
+        self._deferred: list[Pending] = []
 
-    @property
     def waiting(self) -> int:
-        """How many movements wait."""
+        """Return how many movements wait."""
         return self._queue.qsize() + len(self._deferred)
 
     async def submit(self, movement: Movement) -> Receipt:
@@ -195,27 +190,33 @@ class Teller:
         """Post batches until cancelled."""
         while True:
             batch = await self._next_batch()
-            movements = [pending.movement for pending in batch]
-            posted = await self._database.run(self._post, movements)
+            journal = await self._database.run(post_batch, batch)
             for pending in batch:
-                if not pending.future.done():  # its request may have timed out
-                    answer(pending.future, posted.results[pending.movement])
-            self._on_commit(posted.journal)
+                if pending.future.done():  # its request has timed out
+                    continue
+                if isinstance(pending.result, Receipt):
+                    pending.future.set_result(pending.result)
+                else:
+                    pending.future.set_exception(pending.result or OutcomeUnknown())
+            self._on_commit(journal)
 
     async def _next_batch(self) -> list[Pending]:
-        """Take what waits, at most one movement for each key. The others are deferred."""
+        """Take what waits, at most one movement for each key.
+
+        The others are deferred: they begin the next batch, where the key is found in the
+        journal.
+        """
         waiting = self._deferred or [await self._queue.get()]
         while len(waiting) < self.MAX_BATCH and not self._queue.empty():
             waiting.append(self._queue.get_nowait())
         batch: list[Pending] = []
         self._deferred = []
-        keys: set[tuple[str, str]] = set()
+        keys: set[Key | None] = set()
         for pending in waiting:
-            movement = pending.movement
-            key = (movement.no_rekening, movement.idempotency_key or "")
-            if pending.future.done():
+            if pending.future.done():  # its request has timed out
                 continue
-            if movement.idempotency_key and key in keys:
+            key = pending.movement.key
+            if key and key in keys:
                 self._deferred.append(pending)
                 continue
             keys.add(key)
@@ -223,34 +224,24 @@ class Teller:
             batch.append(pending)
         return batch
 
-    def _post(self, engine: Engine, movements: Sequence[Movement]) -> Batch:
-        """Post movements. Never raises: each has a result."""
-        try:
-            return post(engine, movements)
-        except BankError as error:
-            refused = isinstance(error, NotExecuted) and is_data_error(error.__cause__)
-            if refused and len(movements) > 1:
-                return self._post_one_by_one(engine, movements)
-            return Batch(dict.fromkeys(movements, error))
 
-    def _post_one_by_one(self, engine: Engine, movements: Sequence[Movement]) -> Batch:
-        """Post each movement in its own transaction, so that only the bad one fails."""
-        whole = Batch()
-        for movement in movements:
-            one = self._post(engine, [movement])
-            whole.results |= one.results
-            whole.journal = [*whole.journal, *one.journal]
-        return whole
+def post_batch(engine: Engine, batch: Sequence[Pending]) -> Sequence[RowMapping]:
+    """Post movements, and set their results. Returns the journal rows of the accepted ones.
+
+    If the database refuses the data, each is posted in its own transaction, so that only the
+    bad one fails.
+    """
+    try:
+        return post(engine, batch)
+    except BankError as error:
+        if len(batch) > 1 and isinstance(error, NotExecuted) and is_data_error(error.__cause__):
+            return [row for pending in batch for row in post_batch(engine, [pending])]
+        for pending in batch:
+            pending.result = error
+        return []
 
 
-def answer(future: asyncio.Future[Receipt], result: Result) -> None:
-    if isinstance(result, BankError):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
-
-
-def post(engine: Engine, movements: Sequence[Movement]) -> Batch:
+def post(engine: Engine, batch: Sequence[Pending]) -> Sequence[RowMapping]:
     """Post movements in one transaction, in the order of their arrival.
 
     It commits even if all are replays or refused: a replayed answer must be as durable as
@@ -260,39 +251,41 @@ def post(engine: Engine, movements: Sequence[Movement]) -> Batch:
     failure: type[BankError] = NotExecuted
     try:
         with engine.connect() as connection:
-            batch = decide(connection, movements)
+            journal = decide(connection, batch)
             failure = OutcomeUnknown
             connection.commit()
-        return batch
+            return journal
     except Exception as error:
         if not isinstance(error, DBAPIError):
             log.exception("unexpected error")
         raise failure(error_summary(error)) from error
 
 
-def decide(connection: Connection, movements: Sequence[Movement]) -> Batch:
+def decide(connection: Connection, batch: Sequence[Pending]) -> Sequence[RowMapping]:
     """Apply the rules to movements, and record the accepted ones."""
-    batch = Batch()
+    movements = [pending.movement for pending in batch]
     balances = datastore.lock_balances(connection, {m.no_rekening for m in movements})
-    keys = [(m.no_rekening, m.idempotency_key) for m in movements if m.idempotency_key]
-    earlier = datastore.find_by_keys(connection, keys) if keys else {}
-    accepted: dict[Movement, int] = {}
-    for movement in movements:
-        key = (movement.no_rekening, movement.idempotency_key)
+    earlier = datastore.find_by_keys(connection, [m.key for m in movements if m.key])
+    accepted: list[Pending] = []
+    rows: list[dict[str, Any]] = []
+    for pending in batch:
+        movement = pending.movement
+        key = movement.key
         try:
-            if key in earlier:
-                batch.results[movement] = replay(movement, earlier[key])
-            else:
-                balance = balance_after(movement, balances)
-                accepted[movement] = balances[movement.no_rekening] = balance
+            if key and key in earlier:
+                pending.result = replay(movement, earlier[key])
+                continue
+            saldo = balance_after(movement, balances)
         except BankError as refusal:
-            batch.results[movement] = refusal
-    if accepted:
-        rows = [vars(movement) | {"saldo_akhir": saldo} for movement, saldo in accepted.items()]
-        batch.journal = datastore.record(connection, rows)
-        for movement, row in zip(accepted, batch.journal, strict=True):
-            batch.results[movement] = Receipt(row["id"], row["saldo_akhir"], replayed=False)
-    return batch
+            pending.result = refusal
+            continue
+        balances[movement.no_rekening] = saldo
+        accepted.append(pending)
+        rows.append(vars(movement) | {"saldo_akhir": saldo})
+    journal = datastore.record(connection, rows)
+    for pending, row in zip(accepted, journal, strict=True):
+        pending.result = Receipt(row["id"], row["saldo_akhir"], replayed=False)
+    return journal
 
 
 # ---------------------------------------------------------------- the PIN check

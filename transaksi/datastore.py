@@ -43,7 +43,7 @@ from common.stream import JenisTransaksi
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Key = tuple[str, str | None]  # account, idempotency key
+Key = tuple[str, str]  # account, idempotency key
 
 
 class Database:
@@ -174,6 +174,8 @@ def find_by_keys(connection: Connection, keys: Collection[Key]) -> dict[Key, Row
     A statement of its own, after the lock: its snapshot includes what the previous lock
     holder committed.
     """
+    if not keys:
+        return {}
     rows = connection.execute(FIND_BY_KEYS, {"keys": keys}).mappings()
     return {(row["no_rekening"], row["idempotency_key"]): row for row in rows}
 
@@ -184,6 +186,8 @@ def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> Se
     Returns their journal rows in the same order. The last movement of an account in the batch
     has its balance.
     """
+    if not movements:
+        return []
     rows = connection.execute(INSERT_JOURNAL, movements).mappings().all()
     connection.execute(insert(Outbox), [{"id_transaksi": row["id"]} for row in rows])
     saldo = {row["no_rekening"]: row["saldo_akhir"] for row in rows}
@@ -267,6 +271,12 @@ def reset_attempts(engine: Engine, account: str, count: int) -> None:
 
 
 # ---------------------------------------------------------------- the outbox
+
+
+def outbox_count(engine: Engine) -> int:
+    """Return the number of movements that are not booked."""
+    with engine.connect() as connection:
+        return connection.scalar(select(func.count()).select_from(Outbox)) or 0
 
 
 def outbox_age(engine: Engine) -> float:
