@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
+from typing import TypeVar
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -20,6 +21,20 @@ def int_range(low: int, high: int) -> Callable[[str], int]:
 
 
 PORT = int_range(1, 65_535)
+
+
+class Settings(Namespace):
+    """What both services are told by arguments."""
+
+    db_host: str
+    db_port: int
+    db_name: str
+    redis_host: str
+    redis_port: int
+    log_level: str
+
+
+S = TypeVar("S", bound=Settings)
 
 
 def new_parser(service: str, description: str) -> ArgumentParser:
@@ -40,9 +55,9 @@ def new_parser(service: str, description: str) -> ArgumentParser:
     return parser
 
 
-def read_settings(parser: ArgumentParser) -> Namespace:
+def read_settings(parser: ArgumentParser, settings: S) -> S:
     """Parse the arguments. Exits if one is invalid or a required secret is missing."""
-    settings = parser.parse_args()
+    parser.parse_args(namespace=settings)
     for name in ("DB_USER", "DB_PASSWORD"):
         if not os.environ.get(name):
             sys.exit(f"cannot start: the environment variable {name} is missing")

@@ -1,7 +1,6 @@
 """Connections to PostgreSQL and Redis, and the types of columns."""
 
 import os
-from argparse import Namespace
 from datetime import datetime
 from typing import get_args
 
@@ -10,6 +9,7 @@ from sqlalchemy import URL, BigInteger, DateTime, Engine, create_engine, event
 from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.engine import ExceptionContext
 
+from common.config import Settings
 from common.stream import JenisTransaksi
 
 # How the columns of init.sql appear in mapped classes.
@@ -23,7 +23,7 @@ COLUMN_TYPES = {
 WRONG_SERVER = {"25006", "57P01", "57P02", "57P03"}
 
 
-def open_engine(settings: Namespace) -> Engine:
+def open_engine(settings: Settings) -> Engine:
     """Make an engine whose pool has no limit: the threads that use it are the limit.
 
     Of several hosts, the one that takes writes is used. The TCP timeouts detect a host
@@ -58,7 +58,7 @@ def drop_wrong_server(context: ExceptionContext) -> None:
         context.is_disconnect = True
 
 
-def open_redis(settings: Namespace) -> Redis:
+def open_redis(settings: Settings) -> Redis:
     """Make a client that gives up after 2 s and does not retry."""
     return Redis(
         settings.redis_host,

@@ -4,7 +4,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -124,15 +124,17 @@ def current_traceparent() -> str | None:
 def message_span(
     operation: str,
     stream: str,
-    parent: str,
+    parent: str | None,
     attributes: dict[str, Any],
     started_ns: int | None = None,
-) -> AbstractContextManager[trace.Span]:
+) -> AbstractContextManager[object]:
     """Open the span that sends ("send") or processes ("process") a message.
 
-    It continues the trace of `parent`, a traceparent. Attributes:
+    It continues the trace of `parent`, a traceparent; without one there is no span.
     https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
     """
+    if parent is None:
+        return nullcontext()
     attributes = attributes | {
         "messaging.system": "redis",
         "messaging.destination.name": stream,

@@ -1,6 +1,6 @@
 """The load generator of the benchmark: raw sockets in a process of its own.
 
-What it uses of the CPU, the services lack: so neither an HTTP library nor asyncio.
+What it uses of the CPU, the services lack, so it has neither an HTTP library nor asyncio.
 """
 
 import selectors
@@ -14,14 +14,9 @@ from itertools import cycle
 from math import inf
 from typing import Any, NamedTuple
 
-from conftest import PIN
-from dev.local import HOST
+from dev.local import HOST, PIN
 
 Figure = dict[str, float]
-
-
-class Failed(Exception):
-    """Why a load has no figure."""
 
 
 class Load(NamedTuple):
@@ -30,13 +25,21 @@ class Load(NamedTuple):
     port: int
     requests: Sequence[bytes]
     connections: int
-    seconds: float  # inf: each request once
+    seconds: float = inf  # inf: each request once
     statuses: tuple[bytes, ...] = (b"200",)  # those that may come back
-    rate: float = 0  # requests a second; 0: as many as possible
+    rate: float = inf  # requests per second
+
+
+class Answer(NamedTuple):
+    """The text of an answer, and when its request was sent and it was received."""
+
+    text: bytes
+    sent: float
+    received: float
 
 
 def http(path: str, no_rekening: str, pin: str = PIN) -> bytes:
-    """A whole request: to /tabung a POST of 1,000 rupiah, otherwise a GET."""
+    """Return a whole request: to /tabung a POST of 1,000 rupiah, otherwise a GET."""
     credentials = b64encode(f"{no_rekening}:{pin}".encode()).decode()
     body = f'{{"no_rekening": "{no_rekening}", "nominal": 1000}}' if path == "/tabung" else ""
     return (
@@ -51,49 +54,44 @@ def percentiles(seconds: Iterable[float]) -> Figure:
     return {f"p{p} ms": 1000 * ordered[len(ordered) * p // 100] for p in (50, 99)}
 
 
-def fire(load: Load) -> tuple[Figure, list[tuple[int, float, float, bytes]]]:
-    """Send a load. Returns its figure and, of a paced one, the answers: number, sent, received, text."""
-    todo = enumerate(load.requests if load.seconds == inf else cycle(load.requests))
-    busy: dict[Any, tuple[int, float]] = {}  # connection -> number of the request, time it was sent
+def measure(load: Load) -> Figure:
+    """Send a load and return its figure."""
+    answers = send(load)
+    seconds = max(answer.received for answer in answers) - answers[0].sent
+    figure = {"count": len(answers), "per second": len(answers) / seconds}
+    return figure | percentiles(answer.received - answer.sent for answer in answers)
+
+
+def send(load: Load) -> list[Answer]:
+    """Send a load. Returns its answers."""
+    todo = iter(load.requests if load.seconds == inf else cycle(load.requests))
+    busy: dict[Any, float] = {}  # connection -> when its request was sent
     parts: dict[Any, bytes] = defaultdict(bytes)
-    answers: list[tuple[int, float, float, bytes]] = []
+    answers: list[Answer] = []
     with ExitStack() as stack, selectors.DefaultSelector() as selector:
-        idle = [socket.create_connection((HOST, load.port)) for _ in range(load.connections)]
-        for connection in idle:
-            stack.enter_context(connection).setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            selector.register(connection, selectors.EVENT_READ)
-        cpu, began = time.process_time(), time.monotonic()
-        now = due = began
-        end = began + load.seconds
+        idle = []
+        for _ in range(load.connections):
+            idle.append(stack.enter_context(socket.create_connection((HOST, load.port))))
+            selector.register(idle[-1], selectors.EVENT_READ)
+        now = due = time.monotonic()
+        end = now + load.seconds
         while True:
-            while idle and due <= now < end and (job := next(todo, None)):
-                busy[idle[-1]] = job[0], time.monotonic()
-                idle.pop().sendall(job[1])
-                due += 1 / load.rate if load.rate else 0
-            pausing = load.rate and idle and now < end
+            while idle and due <= now < end and (request := next(todo, None)):
+                busy[idle[-1]] = time.monotonic()
+                idle.pop().sendall(request)
+                due += 1 / load.rate
+            pausing = load.rate < inf and idle and now < end
             if not busy and not pausing:
                 break
-            events = selector.select(max(0, due - now) if pausing else 30)
-            if not events and not pausing:
-                raise Failed("no answer within 30 s")
-            for key, _ in events:
+            for key, _ in selector.select(max(0, due - now) if pausing else 1):
                 source: Any = key.fileobj
-                if not (part := source.recv(65_536)):
-                    raise Failed("the server closed a connection")
-                parts[source] = answer = parts[source] + part
-                if answer.endswith(b"}") and answer.count(b"{") == answer.count(
-                    b"}"
-                ):  # all of the JSON
-                    answers.append((*busy.pop(source), time.monotonic(), parts.pop(source)))
+                parts[source] = text = parts[source] + source.recv(65_536)
+                if text.endswith(b"}") and text.count(b"{") == text.count(b"}"):  # all of the JSON
+                    answers.append(Answer(parts.pop(source), busy.pop(source), time.monotonic()))
                     idle.append(source)
             now = time.monotonic()
-    cpu, number = time.process_time() - cpu, len(answers)
-    if unexpected := {answer[9:12] for *_, answer in answers}.difference(load.statuses):
-        raise Failed(f"answers {unexpected}")
-    figure = {
-        "count": number,
-        "a second": number / (now - began),
-        "generator us": cpu / number * 1e6,
-    }
-    figure |= percentiles(received - sent for _, sent, received, _ in answers)
-    return figure, answers if load.rate else []
+            if busy and now > max(busy.values()) + 30:
+                raise RuntimeError("no answer within 30 s")
+    if unexpected := {answer.text[9:12] for answer in answers}.difference(load.statuses):
+        raise RuntimeError(f"answers {unexpected}")
+    return answers

@@ -3,14 +3,15 @@
 import signal
 from threading import Event
 
-from common.config import development_passwords, new_parser, read_settings
+from common.config import Settings, development_passwords, new_parser, read_settings
 from common.connections import open_engine, open_redis
 from common.telemetry import log, start_logging
 from mutasi.api import consume
 
 
 def main() -> None:
-    settings = read_settings(new_parser("mutasi", "Books every accepted movement once."))
+    parser = new_parser("mutasi", "Books every accepted movement once.")
+    settings = read_settings(parser, Settings())
     start_logging("mutasi", settings.log_level)
     log.info("starting", **vars(settings))
     for name in development_passwords():

@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from common.stream import DEAD_LETTERS, STREAM
 from common.telemetry import log
 from mutasi import datastore
-from mutasi.app import BadMessage, Message, store
+from mutasi.app import Message, store
 
 MAX_DEAD_LETTERS = 10_000
 BATCH = 1000
@@ -66,11 +66,10 @@ def process(engine: Engine, redis: Redis, messages: Sequence[Message]) -> None:
     After a crash in between, messages are redelivered and ignored as duplicates.
     """
     bad = store(engine, messages)
-    refused = {one.message.entry for one in bad}
-    if stored := [m.entry for m in messages if m.entry not in refused]:
+    if stored := [message.entry for message in messages if message not in bad]:
         redis.xdel(STREAM, *stored)
-    for one in bad:
-        move_to_dead_letters(redis, one)
+    for message, reason in bad.items():
+        move_to_dead_letters(redis, message, reason)
     log.debug("batch processed", stored=len(stored), bad=len(bad))
 
 
@@ -83,17 +82,16 @@ def read_messages(redis: Redis) -> list[Message]:
     return [Message(entry, fields) for _, entries in reply for entry, fields in entries]
 
 
-def move_to_dead_letters(redis: Redis, bad: BadMessage) -> None:
+def move_to_dead_letters(redis: Redis, message: Message, reason: str) -> None:
     """Copy a bad message to the dead letters, then delete it.
 
     It is deleted even if Redis refuses the copy, for example because it is full: every true
     movement is in the outbox, and bad messages must not block the stream.
     """
-    entry = bad.message.entry
-    letter: dict[Any, Any] = bad.message.fields | {b"reason": bad.reason, b"entry": entry}
+    letter: dict[Any, Any] = message.fields | {b"reason": reason, b"entry": message.entry}
     kept = False
     with suppress(ResponseError):
         redis.xadd(DEAD_LETTERS, letter, maxlen=MAX_DEAD_LETTERS)
         kept = True
-    redis.xdel(STREAM, entry)
-    log.error("bad message", entry=entry.decode(), reason=bad.reason, dead_letter=kept)
+    redis.xdel(STREAM, message.entry)
+    log.error("bad message", entry=message.entry.decode(), reason=reason, dead_letter=kept)

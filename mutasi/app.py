@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from sqlalchemy import Engine, RowMapping
@@ -14,7 +13,7 @@ from common.telemetry import error_summary, log, message_span
 from mutasi import datastore
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Message:
     """A stream entry: its id, and its fields as they came."""
 
@@ -22,46 +21,39 @@ class Message:
     fields: dict[bytes, bytes]
 
 
-@dataclass(frozen=True)
-class BadMessage:
-    """A message that cannot be booked, and why."""
-
-    message: Message
-    reason: str
-
-
-def store(engine: Engine, messages: Iterable[Message]) -> list[BadMessage]:
-    """Book the movements of the good messages. Returns the bad ones.
+def store(engine: Engine, messages: Iterable[Message]) -> dict[Message, str]:
+    """Book the movements of the good messages. Returns the bad ones, each with the reason.
 
     Raises DBAPIError if the database is unavailable; then the messages can be stored again.
     """
-    good: list[tuple[Message, MutationRequest]] = []
-    bad: list[BadMessage] = []
+    good: dict[Message, MutationRequest] = {}
+    bad: dict[Message, str] = {}
     for message in messages:
         try:
-            good.append((message, MutationRequest.from_entry(message.fields)))
+            good[message] = MutationRequest.from_entry(message.fields)
         except ValueError as error:
-            bad.append(BadMessage(message, parse_error(error)))
+            bad[message] = parse_error(error)
     try:
-        book(engine, [request for _, request in good])
+        book(engine, list(good.values()))
     except DBAPIError as error:
         if not is_data_error(error):
             raise
-        bad += book_one_by_one(engine, good)
+        # Each in its own transaction, so that only the bad ones fail.
+        for message, request in good.items():
+            if reason := book_alone(engine, request):
+                bad[message] = reason
     return bad
 
 
-def book_one_by_one(
-    engine: Engine, messages: Iterable[tuple[Message, MutationRequest]]
-) -> Iterable[BadMessage]:
-    """Book movements in a transaction each. Yields the messages that the database refuses."""
-    for message, request in messages:
-        try:
-            book(engine, [request])
-        except DBAPIError as error:
-            if not is_data_error(error):
-                raise
-            yield BadMessage(message, error_summary(error))
+def book_alone(engine: Engine, request: MutationRequest) -> str | None:
+    """Book one movement. Returns why the database refuses its data, None if it does not."""
+    try:
+        book(engine, [request])
+    except DBAPIError as error:
+        if not is_data_error(error):
+            raise
+        return error_summary(error)
+    return None
 
 
 def book(engine: Engine, requests: Sequence[MutationRequest]) -> None:
@@ -80,5 +72,5 @@ def book(engine: Engine, requests: Sequence[MutationRequest]) -> None:
 def log_stored(row: RowMapping, parent: str | None, started_ns: int) -> None:
     """Log a booked movement as the database has it, and continue its trace."""
     context = MutationRequest.model_validate(dict(row)).log_context()
-    with message_span("process", STREAM, parent, context, started_ns) if parent else nullcontext():
+    with message_span("process", STREAM, parent, context, started_ns):
         log.info("mutation stored", **context)

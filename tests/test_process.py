@@ -1,6 +1,5 @@
-"""The two processes: options, environment, start and end, log lines."""
+"""The two processes: options, environment, start and end, log lines, mapped classes."""
 
-import json
 import os
 import re
 import runpy
@@ -14,35 +13,31 @@ from unittest.mock import patch
 
 import psycopg2
 import pytest
-import sqlalchemy
+from sqlalchemy import Column, MetaData, NullPool, create_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase
 
-from common.telemetry import JsonFormatter
+from common.telemetry import format_error
 from dev.local import ROOT, Service
+from mutasi import datastore as mutasi_datastore
 from tests.support import Customer, Servers, eventually, log_lines, new_servers
-from transaksi.datastore import Base
+from transaksi import datastore as transaksi_datastore
 
 Bank = tuple[Servers, list[Service]]
 Customers = Callable[..., Customer]
 
-CHATTY = """
-import logging, sys, common.telemetry
-common.telemetry.start_logging("transaksi", "INFO")
-for _ in range(30_000):
-    logging.info("line")
-print("nobody has read a line", file=sys.stderr, flush=True)
-logging.getLogger().handlers[0].queue.join()  # until all are read
-logging.info("line")
-"""
-
 
 @pytest.fixture(scope="module")
 def bank() -> Iterator[Bank]:
-    """Both services, which started before their servers, as did two whose database never comes."""
+    """Both services, which started before their servers, as did two whose database never comes.
+
+    They have no password for Redis, which asks for none.
+    """
     with new_servers() as servers, ExitStack() as stack:
         new = partial(servers.service, environment={"REDIS_PASSWORD": ""})
         services = [
-            new("transaksi", "--workers", "2", "--resend-after", "1"),
-            new("mutasi", "--batch-size", "2", "--log-level", "debug"),
+            new("transaksi", "--resend-after", "1"),
+            new("mutasi", "--log-level", "debug"),
             *(new(name, "--db-name", "never") for name in ("transaksi", "mutasi")),
         ]
         servers.postgres.stop()
@@ -54,120 +49,186 @@ def bank() -> Iterator[Bank]:
         servers.postgres.start()
         servers.redis.start()
         servers.stream.config_set("requirepass", "")
-        eventually(services[0]._ready)
+        eventually(services[0]._ready, 60)
         yield servers, services
 
 
-def test_help_and_documents_list_the_same_options(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def ani(bank: Bank, customer: Customers) -> Customer:
+    servers, (transaksi, *_) = bank
+    return customer(transaksi.url, servers.database.open_account(50))
+
+
+def line(service: Service, **context: Any) -> dict[str, Any]:
+    """Return the only log line with this context, without its timestamp."""
+
+    def lines() -> list[dict[str, Any]]:
+        return [entry for entry in log_lines(service) if entry.items() >= context.items()]
+
+    (found,) = eventually(lines)
+    return {name: value for name, value in found.items() if name != "timestamp"}
+
+
+# ---------------------------------------------------------------- options and secrets
+
+
+def test_help_and_readme_list_the_same_options(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("transaksi", "mutasi"):
         with patch.object(sys, "argv", [name, "--help"]), pytest.raises(SystemExit, match="0"):
             runpy.run_module(name, run_name="__main__")
-    line, row = r"^  (--[a-z-]+) [^()]*\(default:\s+(\S*)\)$", r"^\| `(--[a-z-]+)` \| `([^`]*)` \|"
-    told = re.findall(line, capsys.readouterr().out, re.MULTILINE)
-    documents = "".join(path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
-    assert sorted(re.findall(row, documents, re.MULTILINE)) == sorted(set(told))
-    assert len(told) == 16 + 7
+    option = r"^  (--[a-z-]+) [^()]*\(default:\s+(\S*)\)$"
+    row = r"^\| `(--[a-z-]+)` \| `([^`]*)` \|"
+    told = re.findall(option, capsys.readouterr().out, re.MULTILINE)
+
+    assert len(told) == 13 + 6
+    readme = (ROOT / "README.md").read_text()
+    assert sorted(re.findall(row, readme, re.MULTILINE)) == sorted(set(told))
 
 
-def test_refused_argument_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    ports = [f"--port={value}" for value in ("0", "65536", "-1", "1.5", "", "\uff11")]
-    for argument in (*ports, "--log-level=LOUD", "--pin=1", "--po=8000"):
-        with patch.object(sys, "argv", ["", argument]), pytest.raises(SystemExit, match="2"):
-            runpy.run_module("transaksi", run_name="__main__")
-        told = f"usage: python -m transaksi (?s:.*) error: .*{argument.partition('=')[0]}"
-        assert re.match(told, capsys.readouterr().err), argument
+PORTS = [f"--port={value}" for value in ("0", "65536", "-1", "1.5", "", "\uff11")]
 
 
-def test_failed_start_is_one_clear_line(servers: Servers) -> None:
-    for name, lack, line in (
-        ("transaksi", "DB_USER", "CRITICAL.*: the environment variable DB_USER is missing"),
-        ("mutasi", "DB_PASSWORD", "CRITICAL.*: the environment variable DB_PASSWORD is missing"),
-        ("transaksi", "a port", "ERROR.* Address already in use"),
-    ):
-        service = servers.service(name, environment={lack: ""}, port=servers.postgres.port)
-        told = rf'^{name} ended by itself with status [13]:\n(.*"starting".*\n)?.*{line}".*$'
-        with pytest.raises(RuntimeError, match=told):
-            service.start()
-
-
-def test_services_recover_and_log_settings_movements_and_refusals(
-    bank: Bank, customer: Customers
+@pytest.mark.parametrize("argument", [*PORTS, "--log-level=LOUD", "--pin=1", "--po=8000"])
+def test_a_refused_argument_is_a_usage_error(
+    argument: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They started before their servers, and have no password for Redis, which asks for none."""
-    servers, (transaksi, mutasi, *_) = bank
-    ani = customer(transaksi.url, servers.database.open_account())
-    with servers.database.holding("LOCK mutasi IN SHARE MODE"):  # so that they wait for mutasi
-        assert [ani.deposit(10).status_code for _ in range(5)] == [200] * 5
-        eventually(lambda: servers.stream.xlen("mutasi") >= 5)
-    servers.database.audit()
-    assert ani.withdraw(51).status_code == 400
-    assert customer(transaksi.url, ani.no_rekening, "098765").deposit(1).status_code == 401
-    eventually(lambda: len(log_lines(transaksi, "request refused")) == 2)
-    who = {"no_rekening": f"******{ani.no_rekening[-4:]}"}
-    deposit = who | {"level": "INFO", "jenis_transaksi": "tabung", "nominal": 10}
-    deposit |= {"id_transaksi": servers.database("SELECT max(id) FROM transaksi")[0][0]}
-    lines = [*log_lines(transaksi), *log_lines(mutasi)]
-    for facts in (
-        {"message": "starting", "db_port": servers.postgres.port, "max_pin_failures": 5},
-        deposit | {"message": "movement accepted", "path": "/tabung", "saldo": 50},
-        deposit | {"message": "mutation stored", "service": "mutasi"},
-        who
-        | {"level": "WARNING", "status": 400, "remark": "Saldo tidak mencukupi.", "nominal": 51},
-        who | {"level": "WARNING", "status": 401, "reason": "wrong PIN"},
-    ):
-        assert sum(line.items() >= facts.items() for line in lines) == 1, facts
-    assert min(line["duration_ms"] for line in lines if "path" in line) > 0
-    assert max((line["level"], line["count"]) for line in log_lines(mutasi, "batch stored")) == (
-        "DEBUG",
-        2,
+    with patch.object(sys, "argv", ["", argument]), pytest.raises(SystemExit, match="2"):
+        runpy.run_module("transaksi", run_name="__main__")
+
+    told = f"usage: python -m transaksi (?s:.*) error: .*{argument.partition('=')[0]}"
+    assert re.match(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("name", "secret"), [("transaksi", "DB_USER"), ("mutasi", "DB_PASSWORD")])
+def test_a_missing_secret_is_one_clear_line(name: str, secret: str) -> None:
+    environment = os.environ | {"DB_USER": name, "DB_PASSWORD": "x"} | {secret: ""}
+    command = [sys.executable, "-m", name]
+
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    assert "DEBUG" not in {line["level"] for line in log_lines(transaksi)}
+
+    told = f"cannot start: the environment variable {secret} is missing\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", told)
 
 
-def test_workers_are_processes_and_all_stop_in_order(bank: Bank) -> None:
+def test_a_port_that_is_taken_ends_the_service_with_one_line(servers: Servers) -> None:
+    service = servers.service("transaksi", port=servers.postgres.port)
+
+    with pytest.raises(RuntimeError, match=r"by itself with status [13]:"):
+        service.start()
+
+    (error,) = [entry for entry in log_lines(service) if entry["level"] == "ERROR"]
+    assert error["message"].lower().endswith("address already in use")
+
+
+@pytest.mark.parametrize("name", ["transaksi", "mutasi"])
+def test_a_development_password_is_a_warning(servers: Servers, name: str) -> None:
+    passwords = {"DB_PASSWORD": "postgres-dev", "REDIS_PASSWORD": "redis-dev"}
+    service = servers.service(name, environment=passwords)
+
+    with patch.object(Service, "_ready", return_value=True), service:
+        lines = eventually(lambda: log_lines(service, "development password in use")[1:])
+
+    assert (lines[0]["level"], lines[0]["variable"]) == ("WARNING", "REDIS_PASSWORD")
+
+
+# ---------------------------------------------------------------- log lines, start and end
+
+
+def test_services_that_started_before_their_servers_recover(bank: Bank, ani: Customer) -> None:
+    assert ani.deposit(1).status_code == 200
+    bank[0].database.audit()
+
+
+def test_settings_are_logged_at_the_start(bank: Bank) -> None:
+    servers, (transaksi, mutasi, *_) = bank
+    shared = {"db_host": "127.0.0.1", "db_port": servers.postgres.port, "db_name": "tabungan"}
+
+    line(transaksi, message="starting", level="INFO", max_pin_failures=5, **shared)
+    line(mutasi, message="starting", level="INFO", log_level="DEBUG", **shared)
+    assert log_lines(transaksi, "development password.*") == []
+
+
+def test_a_movement_is_logged_by_both_services(bank: Bank, ani: Customer) -> None:
+    servers, (transaksi, mutasi, *_) = bank
+    assert ani.deposit(10).status_code == 200
+    journal = "SELECT max(id), max(tanggal_transaksi) FROM transaksi WHERE nominal = 10"
+    ((number, moment),) = servers.database(journal)
+    movement = {"jenis_transaksi": "tabung", "nominal": 10, "id_transaksi": number}
+    movement |= {"no_rekening": f"******{ani.no_rekening[-4:]}"}
+
+    answered = line(transaksi, id_transaksi=number)
+    stored = line(mutasi, id_transaksi=number)
+
+    assert (answered.pop("service"), answered.pop("duration_ms") > 0) == ("transaksi", True)
+    what = {"method": "POST", "path": "/tabung", "status": 200}
+    what |= {"movement": "accepted", "saldo": 60}
+    assert answered == what | movement | {"message": "request answered", "level": "INFO"}
+    assert stored.pop("tanggal_transaksi").replace("Z", "+00:00") == moment.isoformat()
+    what = {"service": "mutasi", "message": "mutation stored", "level": "INFO"}
+    assert stored == what | movement
+
+
+def test_refusals_are_warnings(bank: Bank, ani: Customer, customer: Customers) -> None:
+    _, (transaksi, *_) = bank
+    thief = customer(transaksi.url, ani.no_rekening, "098765")
+    assert (ani.withdraw(51).status_code, thief.deposit(1).status_code) == (400, 401)
+    refused = {"no_rekening": f"******{ani.no_rekening[-4:]}", "message": "request refused"}
+
+    refusal = line(transaksi, **refused, status=400)
+    guess = line(transaksi, **refused, status=401)
+
+    assert (refusal["level"], refusal["reason"]) == ("WARNING", "insufficient balance")
+    assert (refusal["remark"], refusal["nominal"]) == ("Saldo tidak mencukupi.", 51)
+    assert (guess["level"], guess["reason"]) == ("WARNING", "wrong PIN")
+
+
+def test_a_5xx_is_an_error(bank: Bank, ani: Customer, customer: Customers) -> None:
+    _, (*_, never, _) = bank
+    assert customer(never.url, ani.no_rekening).deposit(1).status_code == 503
+
+    assert line(never, message="request failed", status=503)["level"] == "ERROR"
+
+
+def test_debug_lines_are_logged_if_asked_for(bank: Bank) -> None:
+    _, (transaksi, mutasi, *_) = bank
+    assert log_lines(mutasi, "batch processed")[0]["level"] == "DEBUG"
+    assert "DEBUG" not in {entry["level"] for entry in log_lines(transaksi)}
+
+
+def test_services_stop_in_order_even_without_their_database(bank: Bank) -> None:
     """The last test of `bank`."""
-    assert [service.stop(timeout=8) for service in bank[1]] == [0] * 4
-    assert [len(log_lines(service, "stopped")) for service in bank[1]] == [2, 1, 1, 1]
+    _, services = bank
+    assert [service.stop(timeout=8) for service in services] == [0] * 4
+    assert [len(log_lines(service, "stopped")) for service in services] == [1] * 4
 
 
-def test_unexpected_error_is_told_without_its_cause() -> None:
+def test_an_unexpected_error_is_logged_without_its_cause() -> None:
     with pytest.raises(ValueError, match="shown") as caught:
-        raise ValueError("shown") from sqlalchemy.exc.DBAPIError(
-            "hidden", {}, psycopg2.Error("hidden")
-        )
-    told = JsonFormatter().formatException((caught.type, caught.value, caught.tb))
+        raise ValueError("shown") from DBAPIError("hidden", {}, psycopg2.Error("hidden"))
+
+    error = (caught.type, caught.value, caught.tb)
+    told = format_error(None, "", {"exc_info": error})["error"]
+
     assert re.fullmatch(f'  File "{__file__}", line (?s:.*)\nValueError: shown', told)
     assert "hidden" not in told.replace('"hidden"', "")  # the line of code above
 
 
-def test_lines_dropped_for_a_slow_reader_are_counted() -> None:
-    command, pipe = [sys.executable, "-c", CHATTY], subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe) as process:
-        assert process.stderr  # for mypy
-        process.stderr.readline()
-        lines = [json.loads(line) for line in process.communicate()[0].splitlines()]
-    assert len(lines) + sum(line.get("lines_dropped", 0) for line in lines) == 30_001
-    assert len(lines) < 30_000
+# ---------------------------------------------------------------- mapped classes
 
 
-def test_unread_stdout_stops_no_movement_and_no_exit(servers: Servers, customer: Customers) -> None:
-    os.mkfifo(fifo := servers.directory / "unread")
-    pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
-    os.write(pipe, bytes(10**6))  # as much as it holds
-    shell = ["sh", "-c", f'exec "$0" "$@" >"{fifo}"', sys.executable]
-    with servers.service("transaksi", "--workers", "2", python=shell) as service:
-        ani = customer(service.url, servers.database.open_account())
-        assert [ani.deposit(1).status_code for _ in range(100)] == [200] * 100
-        assert service.stop(timeout=8) == 0
-    os.close(pipe)
+@pytest.mark.parametrize("base", [transaksi_datastore.Base, mutasi_datastore.Base])
+def test_mapped_classes_agree_with_init_sql(servers: Servers, base: type[DeclarativeBase]) -> None:
+    def form(column: Column[Any]) -> tuple[Any, ...]:
+        kind = column.type
+        details = (getattr(kind, "timezone", None), getattr(kind, "enums", None))
+        return kind.python_type, *details, column.nullable, column.primary_key
 
+    url = servers.postgres.url().replace("://", "+psycopg2://")
+    made = MetaData()
+    made.reflect(create_engine(url, poolclass=NullPool), only=list(base.metadata.tables))
 
-def test_mapped_classes_match_init_sql(servers: Servers) -> None:
-    def rows(metadata: sqlalchemy.MetaData) -> list[Any]:
-        columns = [column for table in metadata.sorted_tables for column in table.columns]
-        return [(str(c), c.type.python_type, c.nullable, c.primary_key) for c in columns]
-
-    url, made = servers.postgres.url().replace("://", "+psycopg2://"), sqlalchemy.MetaData()
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
-    made.reflect(engine, only=list(Base.metadata.tables))
-    assert rows(Base.metadata) == rows(made)
+    for table in base.metadata.sorted_tables:
+        for column in table.columns:
+            assert form(column) == form(made.tables[table.name].columns[column.name]), column

@@ -1,50 +1,120 @@
-"""The rules without I/O: what a batch of movements decides."""
+"""The rules and the teller's batches without I/O, against an independent model."""
 
-from dataclasses import replace
+import asyncio
+from random import Random
 from typing import Any
 
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+import pytest
 
-from transaksi.app import MAX_NOMINAL, MAX_SALDO, Movement, Refusal, decide
+from transaksi import app
+from transaksi.app import MAX_SALDO, BankError, Movement, Pending, Receipt, Teller
 
-ACCOUNTS, STRANGER = ("1000000001", "1000000002", "1000000003"), "9999999999"
-balances = st.integers(0, 3) | st.integers(MAX_SALDO - 3, MAX_SALDO) | st.integers(0, MAX_SALDO)
-amounts = st.integers(1, 3) | st.integers(1, MAX_NOMINAL)
-kinds, keys = st.sampled_from(("tabung", "tarik")), st.sampled_from((None, None, "key", "other"))
-movements = st.builds(Movement, kinds, st.sampled_from((*ACCOUNTS, STRANGER)), amounts, keys)
-LIMITS = [Movement(*m, 1) for m in 2 * [("tarik", ACCOUNTS[0]), ("tabung", ACCOUNTS[2])]]  # type: ignore
+BUDI, SITI, STRANGER = "1000000001", "1000000002", "9999999999"
+BALANCES = (0, 1, 2, 3, 10**6, MAX_SALDO - 2, MAX_SALDO - 1, MAX_SALDO)
+NONE: Any = None  # in place of a connection or a database
+Made = dict[tuple[str, str | None], tuple[tuple[str, int], int]]  # movement, balance by key
 
 
-def one_by_one(m: Movement, bank: dict[str, int], made: dict[Any, Movement]) -> object:
-    """An independent model, which serves one movement after the other: a remark, or (is it new, movement)."""
-    if first := made.get((m.no_rekening, m.idempotency_key)):
-        same = (first.jenis_transaksi, first.nominal) == (m.jenis_transaksi, m.nominal)
-        return (False, first) if same else "Idempotency-Key sudah dipakai untuk transaksi lain."
-    if m.no_rekening not in bank:
-        return "Nomor rekening tidak dikenali."
-    after = bank[m.no_rekening] + {"tabung": 1, "tarik": -1}[m.jenis_transaksi] * m.nominal
-    if not 0 <= after <= 2**53 - 1:
-        return "Saldo tidak mencukupi." if after < 0 else "Saldo akan melebihi batas."
-    bank[m.no_rekening] = after
-    movement = replace(m, saldo_akhir=after)
-    if m.idempotency_key:
-        made[m.no_rekening, m.idempotency_key] = movement
-    return True, movement
+class Books:
+    """Stands in for the datastore, with balances and a journal in memory."""
+
+    def __init__(self, balances: dict[str, int]) -> None:
+        self.balances = balances
+        self.journal: list[dict[str, Any]] = []
+
+    def lock_balances(self, _: Any, accounts: set[str]) -> dict[str, int]:
+        return {account: self.balances[account] for account in accounts & self.balances.keys()}
+
+    def find_by_keys(self, _: Any, keys: list[Any]) -> dict[Any, dict[str, Any]]:
+        rows = {(row["no_rekening"], row["idempotency_key"]): row for row in self.journal}
+        return {key: rows[key] for key in keys if key in rows}
+
+    def record(self, _: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        new = [row | {"id": number} for number, row in enumerate(rows, len(self.journal))]
+        self.journal += new
+        self.balances |= {row["no_rekening"]: row["saldo_akhir"] for row in new}
+        return new
 
 
-@settings(deadline=None)
-@given(st.tuples(balances, balances, balances), st.lists(st.lists(movements)))
-@example((1, 0, MAX_SALDO - 1), [LIMITS])
-def test_movements_in_batches_give_what_they_would_one_by_one(opening: Any, batches: Any) -> None:
-    bank: dict[str, int] = dict(zip(ACCOUNTS, opening, strict=True))
-    made: dict[Any, Movement] = {}
-    for batch in batches:
-        balances = {m.no_rekening: bank[m.no_rekening] for m in batch if m.no_rekening in bank}
-        found = {
-            key: made[key] for m in batch if (key := (m.no_rekening, m.idempotency_key)) in made
-        }
-        results = [(decide(m, balances, found), m) for m in batch]
-        told = [r.remark if isinstance(r, Refusal) else (r is m, r) for r, m in results]
-        assert told == [one_by_one(m, bank, made) for m in batch]
-        assert bank == bank | balances
+def one_by_one(m: Movement, balances: dict[str, int], made: Made) -> object:
+    """The model: the balance and whether it is a replay, or the name of the error."""
+    key = (m.no_rekening, m.idempotency_key)
+    if m.idempotency_key and key in made:
+        first, balance = made[key]
+        return (balance, True) if first == (m.jenis_transaksi, m.nominal) else "KeyReused"
+    if m.no_rekening not in balances:
+        return "NotAuthenticated"
+    balance = balances[m.no_rekening] + (m.nominal if m.jenis_transaksi == "tabung" else -m.nominal)
+    if not 0 <= balance <= 9_007_199_254_740_991:
+        return "InsufficientBalance" if balance < 0 else "BalanceLimit"
+    balances[m.no_rekening] = balance
+    made[key] = (m.jenis_transaksi, m.nominal), balance
+    return balance, False
+
+
+def outcome(result: Receipt | BankError | None) -> object:
+    if isinstance(result, Receipt):
+        return result.saldo, result.replayed
+    return type(result).__name__
+
+
+def new_movement(random: Random) -> Movement:
+    account = random.choice((BUDI, BUDI, SITI, STRANGER))
+    nominal, key = random.choice((1, 1, 2, 10**12)), random.choice((None, None, "key", "other"))
+    return Movement(random.choice(("tabung", "tarik")), account, nominal, key)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batches_decide_what_would_be_decided_one_by_one(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = Random(seed)
+    monkeypatch.setattr(Teller, "MAX_BATCH", 8)
+
+    async def post_some() -> None:
+        books = Books({account: random.choice(BALANCES) for account in (BUDI, SITI)})
+        monkeypatch.setattr(app, "datastore", books)
+        balances, made = dict(books.balances), Made()
+        teller, future = Teller(NONE, print), asyncio.get_running_loop().create_future
+        arrived = [Pending(new_movement(random), future()) for _ in range(random.randint(1, 40))]
+        for pending in arrived:
+            teller._queue.put_nowait(pending)
+        for late in random.sample(arrived, len(arrived) // 10):
+            late.future.cancel()  # its request has timed out
+
+        posted: list[Pending] = []
+        while teller.waiting():
+            batch = await teller._next_batch()
+            app.decide(NONE, batch)
+            expected = [one_by_one(pending.movement, balances, made) for pending in batch]
+            assert [outcome(pending.result) for pending in batch] == expected
+            posted += batch
+
+        assert books.balances == balances
+        for key in {pending.movement.key for pending in arrived}:  # each once, in order of arrival
+            due = [p for p in arrived if p.movement.key == key and not p.future.cancelled()]
+            assert [p for p in posted if p.movement.key == key] == due
+
+    for _ in range(50):
+        asyncio.run(post_some())
+
+
+def test_account_of_another_customer_is_unknown() -> None:
+    app.check_owner(BUDI, BUDI)
+    with pytest.raises(app.UnknownAccount):
+        app.check_owner(BUDI, SITI)
+
+
+@pytest.mark.parametrize(("taken", "error"), [(False, app.NotExecuted), (True, app.OutcomeUnknown)])
+def test_timeout_is_unknown_once_the_teller_has_it(taken: bool, error: type[BankError]) -> None:
+    async def submit() -> None:
+        teller = Teller(NONE, print)
+        app.deadline.set(asyncio.get_running_loop().time() + 0.05)
+        request = asyncio.create_task(teller.submit(Movement("tabung", BUDI, 1)))
+        await asyncio.sleep(0)
+        if taken:
+            await teller._next_batch()
+        with pytest.raises(error):
+            await request
+
+    asyncio.run(submit())

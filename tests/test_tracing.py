@@ -1,12 +1,12 @@
-"""One trace from the request to the mutation, over both services, as a collector receives it."""
+"""One trace from the request to the booked movement, as a collector receives it."""
 
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace as Bank
 from typing import Any
 
 import pytest
@@ -14,13 +14,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from dev.local import HOST, ROOT, Service
-from tests.support import SECRETS, Customer, eventually, log_lines, new_servers
+from tests.support import SECRETS, Customer, Servers, eventually, log_lines, new_servers
 
 Customers = Callable[..., Customer]
 CHAIN = ["transaksi: POST /tabung", "transaksi: send mutasi", "mutasi: process mutasi"]
 KINDS = [Span.SPAN_KIND_SERVER, Span.SPAN_KIND_PRODUCER, Span.SPAN_KIND_CONSUMER]
 INSTRUMENTED = (str(Path(sys.executable).with_name("opentelemetry-instrument")), sys.executable)
 OTEL = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_BSP_SCHEDULE_DELAY": "100"}
+CLIENT_SPAN = "b7ad6b7169203331"
 SPANS: list[tuple[str, Span]] = []  # all that the collector has received, by service and name
 
 
@@ -31,45 +32,38 @@ class Collector(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         for one in ExportTraceServiceRequest.FromString(body).resource_spans:
             name = attributes(one.resource)["service.name"]
-            SPANS.extend(
-                (f"{name}: {span.name}", span) for scope in one.scope_spans for span in scope.spans
-            )
+            received = [span for scope in one.scope_spans for span in scope.spans]
+            SPANS.extend((f"{name}: {span.name}", span) for span in received)
         self.send_response(200)
         self.end_headers()
 
-
-def attributes(of: Any) -> dict[str, Any]:
-    return {
-        p.key: getattr(p.value, p.value.WhichOneof("value") or "string_value")
-        for p in of.attributes
-    }
+    def log_message(self, *_: object) -> None:
+        """Write nothing to stderr."""
 
 
-def spans(trace_id: str, *expected: str) -> list[Span]:
-    """The spans of a trace, once all that are expected are there and nothing else."""
-    eventually(
-        lambda: {name for name, span in SPANS if span.trace_id.hex() == trace_id} == set(expected)
-    )
-    found = {name: span for name, span in SPANS if span.trace_id.hex() == trace_id}
-    return [found[name] for name in expected]
+@dataclass
+class Bank:
+    """Both services, instrumented as in their images, and the collector of their spans."""
+
+    servers: Servers
+    collector: ThreadingHTTPServer
+    transaksi: Service
+    mutasi: Service
 
 
 @pytest.fixture(scope="module")
 def bank() -> Iterator[Bank]:
-    """Both services, instrumented as in their images."""
     with new_servers() as servers, ThreadingHTTPServer((HOST, 0), Collector) as collector:
         Thread(target=collector.serve_forever, args=[0.05], daemon=True).start()
         otel = OTEL | {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{HOST}:{collector.server_port}"}
         services = []
         for name, *options in (("transaksi", "--resend-after", "1"), ("mutasi",)):
             image = dict(re.findall(r"(OTEL_\w+)=(\S+)", (ROOT / name / "Dockerfile").read_text()))
-            services.append(
-                servers.service(name, *options, python=INSTRUMENTED, environment=image | otel)
-            )
-        with services[0], services[1]:
-            yield Bank(
-                servers=servers, collector=collector, transaksi=services[0], mutasi=services[1]
-            )
+            how: dict[str, Any] = {"python": INSTRUMENTED, "environment": image | otel}
+            services.append(servers.service(name, *options, **how))
+        transaksi, mutasi = services
+        with transaksi, mutasi:
+            yield Bank(servers, collector, transaksi, mutasi)
         collector.shutdown()
 
 
@@ -78,79 +72,131 @@ def ani(bank: Bank, customer: Customers) -> Customer:
     return customer(bank.transaksi.url, bank.servers.database.open_account())
 
 
+def attributes(of: Any) -> dict[str, Any]:
+    values = {one.key: one.value for one in of.attributes}
+    return {
+        key: getattr(value, value.WhichOneof("value") or "string_value")
+        for key, value in values.items()
+    }
+
+
+def spans(trace_id: str, *expected: str) -> list[Span]:
+    """Return the spans of a trace, when all that are expected are there and nothing else."""
+
+    def found() -> dict[str, Span]:
+        return {name: span for name, span in SPANS if span.trace_id.hex() == trace_id}
+
+    eventually(lambda: found().keys() == set(expected))
+    return [found()[name] for name in expected]
+
+
+def traceparent(number: int, sampled: bool) -> str:
+    """Return a client's traceparent for the trace of this number."""
+    return f"00-{number:032x}-{CLIENT_SPAN}-{sampled:02}"
+
+
 def line(service: Service, message: str, account: str) -> dict[str, Any]:
-    """The only log line with this message about an account."""
+    """Return the only log line with this message about an account."""
     masked = f"******{account[-4:]}"
-    (entry,) = eventually(lambda: [e for e in log_lines(service, message) if masked in e.values()])
+
+    def lines() -> list[dict[str, Any]]:
+        return [entry for entry in log_lines(service, message) if masked in entry.values()]
+
+    (entry,) = eventually(lines)
     return dict(entry)
 
 
-@pytest.mark.parametrize("parent", ["", "b7ad6b7169203331"])
-def test_deposit_is_one_trace_over_both_services(bank: Bank, ani: Customer, parent: str) -> None:
-    """The second time the trace is continued from a client's, and the movement has to be sent again."""
-    bank.servers.stream.config_set("maxmemory", 1 if parent else 0)  # 1: Redis refuses every entry
-    headers = {"traceparent": f"00-{1:032x}-{parent}-01"} if parent else {}
+@pytest.mark.parametrize("parent", ["", CLIENT_SPAN])
+def test_a_deposit_is_one_trace_over_both_services(bank: Bank, ani: Customer, parent: str) -> None:
+    headers = {"traceparent": traceparent(1, sampled=True)} if parent else {}
     assert ani.deposit(50_000, **headers).status_code == 200
-    if parent:
-        eventually(lambda: log_lines(bank.transaksi, "sending to the stream failed"))
-        bank.servers.stream.config_set("maxmemory", 0)
-    accepted = line(bank.transaksi, "movement accepted", ani.no_rekening)
+    answered = line(bank.transaksi, "request answered", ani.no_rekening)
     stored = line(bank.mutasi, "mutation stored", ani.no_rekening)
-    ids = (accepted["trace_id"], *CHAIN)
-    eventually(
-        lambda: spans(*ids)[1].span_id == spans(*ids)[2].parent_span_id
-    )  # not the failed send
-    request, send, process = chain = spans(*ids)
+
+    request, send, process = chain = spans(answered["trace_id"], *CHAIN)
+
     assert [span.kind for span in chain] == KINDS
-    assert [span.parent_span_id for span in chain] == [
-        bytes.fromhex(parent),
-        request.span_id,
-        send.span_id,
-    ]
-    facts = {"no_rekening": accepted["no_rekening"], "jenis_transaksi": "tabung", "nominal": 50_000}
-    assert all(attributes(span).items() >= facts.items() for span in chain)
-    for entry, span in ((accepted, request), (stored, process)):
+    parents = [bytes.fromhex(parent), request.span_id, send.span_id]
+    assert [span.parent_span_id for span in chain] == parents
+    assert answered["trace_id"] == (f"{1:032x}" if parent else stored["trace_id"])
+    names = ("no_rekening", "jenis_transaksi", "nominal", "id_transaksi")
+    movement = {name: stored[name] for name in names}
+    assert all(attributes(span).items() >= movement.items() for span in chain)
+    for entry, span in ((answered, request), (stored, process)):
         assert (entry["trace_id"], entry["span_id"]) == (span.trace_id.hex(), span.span_id.hex())
 
 
-def test_refusals_are_traced_but_nothing_unsampled_and_no_secret(bank: Bank, ani: Customer) -> None:
-    assert ani.deposit(1, traceparent=f"00-{2:032x}-b7ad6b7169203331-00").status_code == 200
-    bank.servers.database(
-        "ALTER TABLE transaksi ADD CONSTRAINT test CHECK (nominal <> 666) NOT VALID"
-    )
-    ani.deposit(666, idempotency_key="confidential")  # PostgreSQL's error prints the row
-    bank.servers.database("ALTER TABLE transaksi DROP CONSTRAINT test")
-    ani.client.get("/saldo", auth=("0987654321", "098765"))
-    for account, status, name in (
-        (ani.no_rekening, 503, "POST /tabung"),
-        ("0987654321", 401, "GET"),
-    ):
-        (span,) = spans(
-            line(bank.transaksi, "request refused", account)["trace_id"], f"transaksi: {name}"
-        )
-        assert attributes(span)["http.response.status_code"] == status
+def test_a_resent_movement_continues_the_trace_of_its_request(bank: Bank, ani: Customer) -> None:
+    bank.servers.stream.config_set("maxmemory", 1)  # Redis refuses every entry
+    assert ani.deposit(1).status_code == 200
+    eventually(lambda: log_lines(bank.transaksi, "sending to the stream failed"))
+    bank.servers.stream.config_set("maxmemory", 0)
+    trace_id = line(bank.mutasi, "mutation stored", ani.no_rekening)["trace_id"]
+
+    request, _, process = spans(trace_id, *CHAIN)
+
+    def sent() -> list[Span]:  # the last time
+        return [span for _, span in SPANS if span.span_id == process.parent_span_id]
+
+    assert eventually(sent)[0].parent_span_id == request.span_id
+
+
+def test_a_refusal_is_traced(bank: Bank, ani: Customer) -> None:
+    assert ani.withdraw(1).status_code == 400
+    refused = line(bank.transaksi, "request refused", ani.no_rekening)
+
+    (span,) = spans(refused["trace_id"], "transaksi: POST /tarik")
+
+    assert attributes(span)["http.response.status_code"] == 400
+    assert attributes(span)["remark"] == "Saldo tidak mencukupi."
+
+
+def test_an_unsampled_request_is_not_traced(ani: Customer) -> None:
+    for number, sampled in ((2, False), (3, True)):
+        parent = traceparent(number, sampled)
+        assert ani.deposit(1, traceparent=parent).status_code == 200
+
+    spans(f"{3:032x}", *CHAIN)
     assert spans(f"{2:032x}") == []  # they would have come earlier
-    for form in (*SECRETS.values(), "(?i)confidential|authorization|098765"):
+
+
+def test_no_span_has_a_secret_or_the_text_of_an_error(bank: Bank, ani: Customer) -> None:
+    change = "ALTER TABLE transaksi {} CONSTRAINT uji".format
+    bank.servers.database(change("ADD") + " CHECK (nominal <> 666) NOT VALID")
+    ani.deposit(666, idempotency_key="confidential")  # PostgreSQL's error prints the row
+    bank.servers.database(change("DROP"))
+    ani.client.get("/saldo", auth=("0987654321", "098765"))
+    failed = line(bank.transaksi, "request failed", ani.no_rekening)
+    refused = line(bank.transaksi, "request refused", "0987654321")
+
+    spans(failed["trace_id"], "transaksi: POST /tabung")
+    spans(refused["trace_id"], "transaksi: GET")
+
+    for form in (*SECRETS.values(), r"(?i)confidential|authorization|\b098765\b|failing row"):
         assert not [span for _, span in SPANS if re.search(form, str(span))]
 
 
-def test_without_the_sdk_the_message_has_no_traceparent(bank: Bank, customer: Customers) -> None:
+def test_without_tracing_neither_lines_nor_messages_have_a_trace(
+    bank: Bank, customer: Customers
+) -> None:
     with bank.servers.service("transaksi") as transaksi:
         ani = customer(transaksi.url, bank.servers.database.open_account())
-        assert ani.deposit(1, traceparent=f"00-{3:032x}-b7ad6b7169203331-01").status_code == 200
-        for service, message in (
-            (transaksi, "movement accepted"),
-            (bank.mutasi, "mutation stored"),
-        ):
-            assert not {"trace_id", "span_id"} & line(service, message, ani.no_rekening).keys()
+        parent = traceparent(4, sampled=True)
+        assert ani.deposit(1, traceparent=parent).status_code == 200
+        answered = line(transaksi, "request answered", ani.no_rekening)
+        stored = line(bank.mutasi, "mutation stored", ani.no_rekening)
+
+    assert not {"trace_id", "span_id"} & (answered.keys() | stored.keys())
 
 
-def test_unreachable_collector_disturbs_nothing(bank: Bank, ani: Customer) -> None:
+def test_an_unreachable_collector_disturbs_nothing(bank: Bank, ani: Customer) -> None:
     """The last test: it ends the collector, then the services."""
     bank.collector.shutdown()
     bank.collector.server_close()
+
     assert [ani.deposit(1).status_code for _ in range(20)] == [200] * 20
     bank.servers.database.audit()
     assert [bank.transaksi.stop(timeout=8), bank.mutasi.stop(timeout=8)] == [0, 0]
-    complaints = [e for e in log_lines(bank.transaksi) if e["logger"].startswith("opentelemetry")]
+
+    complaints = log_lines(bank.transaksi, "(?i).*export.*")
     assert 1 <= len(complaints) < 20

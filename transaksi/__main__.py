@@ -5,7 +5,7 @@ import gc
 import os
 import signal
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,12 +18,19 @@ from sqlalchemy import Engine
 from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
 
-from common.config import PORT, development_passwords, int_range, new_parser, read_settings
+from common.config import (
+    PORT,
+    Settings,
+    development_passwords,
+    int_range,
+    new_parser,
+    read_settings,
+)
 from common.connections import open_redis
 from common.stream import DEAD_LETTERS, STREAM
 from common.telemetry import add_gauge, log, start_logging
 from transaksi import datastore
-from transaksi.api import HANDLERS, OPEN_PATHS, routes
+from transaksi.api import HANDLERS, OPEN_PATHS, router
 from transaksi.app import Bank, PinCheck, Teller
 from transaksi.datastore import Database
 from transaksi.middleware import (
@@ -36,7 +43,19 @@ from transaksi.protocol import BoundedHttp
 from transaksi.stream import Stream
 
 
-def create_app(settings: Namespace) -> FastAPI:
+class TransaksiSettings(Settings):
+    """What service transaksi is told by arguments."""
+
+    host: str
+    port: int
+    auth_cache_ttl: int
+    max_pin_failures: int
+    lock_minutes: int
+    request_timeout: int
+    resend_after: int
+
+
+def create_app(settings: TransaksiSettings) -> FastAPI:
     """Wire up the service."""
     redis = open_redis(settings)
     stream_database = Database(settings, threads=1)
@@ -45,7 +64,12 @@ def create_app(settings: Namespace) -> FastAPI:
     # A bcrypt thread per core, of low priority, so that checks do not slow authenticated
     # customers.
     pin_database = Database(settings, threads=os.cpu_count() or 1, nice=10)
-    pins = PinCheck(pin_database, settings)
+    pins = PinCheck(
+        pin_database,
+        max_failures=settings.max_pin_failures,
+        lock_minutes=settings.lock_minutes,
+        cache_ttl_s=settings.auth_cache_ttl,
+    )
     bank = Bank(teller, pins, reads=Database(settings, threads=2))
     add_gauges(teller, stream_database.engine, redis)
 
@@ -53,7 +77,7 @@ def create_app(settings: Namespace) -> FastAPI:
         title="transaksi",
         version="3.0.0",
         description="Deposits and withdrawals of a tiny savings bank, in whole rupiah.",
-        routes=routes,
+        routes=router.routes,
         lifespan=lambda _: background(teller, stream, pin_database),
         middleware=[
             Middleware(RequestLog, timeout_s=settings.request_timeout),
@@ -127,7 +151,7 @@ def new_transaksi_parser() -> ArgumentParser:
 
 
 def main() -> None:
-    settings = read_settings(new_transaksi_parser())
+    settings = read_settings(new_transaksi_parser(), TransaksiSettings())
     start_logging("transaksi", settings.log_level)
     log.info("starting", **vars(settings))
     for name in development_passwords():
@@ -150,9 +174,10 @@ def main() -> None:
     # uvicorn raises the signal again when it has stopped. Then the exit status is 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit())
-    # Keep the loaded modules out of garbage collection.
+    # Collect garbage less often, and not in the loaded modules.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     uvicorn.Server(config).run()
 
 

@@ -6,7 +6,6 @@ Amounts are whole rupiah. Nothing here knows HTTP.
 import asyncio
 import hashlib
 import secrets
-from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -303,12 +302,14 @@ class PinCheck:
     # Compared for unknown and locked accounts, so that timing does not reveal the cause.
     DUMMY_HASH = bcrypt.hashpw(secrets.token_bytes(16), bcrypt.gensalt(10)).decode()
 
-    def __init__(self, database: Database, settings: Namespace) -> None:
+    def __init__(
+        self, database: Database, *, max_failures: int, lock_minutes: int, cache_ttl_s: int
+    ) -> None:
         self._database = database
-        self._max_failures: int = settings.max_pin_failures
-        self._lock_minutes: int = settings.lock_minutes
+        self._max_failures = max_failures
+        self._lock_minutes = lock_minutes
         self._secret = secrets.token_bytes(32)
-        self._cached: TTLCache[str, bytes] = TTLCache(self.MAX_CACHED, settings.auth_cache_ttl)
+        self._cached: TTLCache[str, bytes] = TTLCache(self.MAX_CACHED, cache_ttl_s)
         self._running: dict[bytes, asyncio.Future[None]] = {}
 
     async def check(self, account: str, pin: str) -> None:

@@ -7,8 +7,7 @@ import asyncio
 import contextvars
 import os
 import sys
-from argparse import Namespace
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
@@ -36,7 +35,10 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.sql import TableValuedAlias
+from sqlalchemy.sql.elements import KeyedColumnElement
 
+from common.config import Settings
 from common.connections import COLUMN_TYPES, open_engine
 from common.stream import JenisTransaksi
 
@@ -52,7 +54,7 @@ class Database:
     `nice` gives the threads a low priority, on Linux, where niceness is per thread.
     """
 
-    def __init__(self, settings: Namespace, threads: int, nice: int = 0) -> None:
+    def __init__(self, settings: Settings, threads: int, nice: int = 0) -> None:
         self.engine = open_engine(settings)
         lower = (lambda: os.nice(nice)) if sys.platform == "linux" else None
         self._executor = ThreadPoolExecutor(threads, initializer=lower)
@@ -136,6 +138,23 @@ class Mutasi(Base):
 # ---------------------------------------------------------------- a batch of movements
 
 
+def unnest(columns: Iterable[KeyedColumnElement[Any]]) -> TableValuedAlias:
+    """Return rows, with their `position`, that `as_arrays` passes as one array a column.
+
+    Unlike a list of VALUES, this is the same statement for a batch of any size.
+    """
+    arrays = [bindparam(f"{one.name}_array", type_=ARRAY(one.type)) for one in columns]
+    names = [column(one.name, one.type) for one in columns]
+    return func.unnest(*arrays).table_valued(*names, with_ordinality="position").render_derived()
+
+
+def as_arrays(
+    columns: Iterable[KeyedColumnElement[Any]], rows: Collection[Mapping[Any, Any]]
+) -> dict[str, list[Any]]:
+    """Return the parameters of `unnest` for these rows."""
+    return {f"{one.name}_array": [row[one.name] for row in rows] for one in columns}
+
+
 # In sorted order, so that tellers lock in the same order and cannot deadlock. NO KEY UPDATE
 # (`key_share`), so that foreign key checks on the accounts go on.
 LOCK_BALANCES = (
@@ -147,18 +166,30 @@ LOCK_BALANCES = (
 FIND_BY_KEYS = select(*Transaksi.__table__.c).where(
     tuple_(Transaksi.no_rekening, Transaksi.idempotency_key).in_(bindparam("keys", expanding=True))
 )
-INSERT_JOURNAL = insert(Transaksi).returning(Transaksi, sort_by_parameter_order=True)
-NEW_BALANCE = (
-    func.unnest(
-        bindparam("accounts", type_=ARRAY(Text)), bindparam("balances", type_=ARRAY(BigInteger))
+
+journal = Transaksi.__table__.c
+new_movement = [one for one in journal if one.name not in ("id", "tanggal_transaksi")]
+new_movements = unnest(new_movement)
+INSERT_JOURNAL = (
+    insert(Transaksi)
+    .from_select(
+        [one.name for one in new_movement],
+        select(*[new_movements.c[one.name] for one in new_movement]).order_by(
+            new_movements.c.position
+        ),
     )
-    .table_valued(column("no_rekening", Text), column("saldo", BigInteger))
-    .render_derived()
+    .returning(Transaksi)
 )
+
+accepted = unnest([journal.id])
+INSERT_OUTBOX = insert(Outbox).from_select(["id_transaksi"], select(accepted.c.id))
+
+new_balance = [journal.no_rekening, journal.saldo_akhir]
+new_balances = unnest(new_balance)
 UPDATE_BALANCES = (
     update(Rekening)
-    .where(Rekening.no_rekening == NEW_BALANCE.c.no_rekening)
-    .values(saldo=NEW_BALANCE.c.saldo)
+    .where(Rekening.no_rekening == new_balances.c.no_rekening)
+    .values(saldo=new_balances.c.saldo_akhir)
 )
 
 
@@ -180,19 +211,19 @@ def find_by_keys(connection: Connection, keys: Collection[Key]) -> dict[Key, Row
     return {(row["no_rekening"], row["idempotency_key"]): row for row in rows}
 
 
-def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> Sequence[RowMapping]:
+def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> list[RowMapping]:
     """Write movements to the journal, the outbox and the balances.
 
-    Returns their journal rows in the same order. The last movement of an account in the batch
-    has its balance.
+    Returns their journal rows in the same order, which is that of their ids. The last movement
+    of an account has its balance.
     """
     if not movements:
         return []
-    rows = connection.execute(INSERT_JOURNAL, movements).mappings().all()
-    connection.execute(insert(Outbox), [{"id_transaksi": row["id"]} for row in rows])
-    saldo = {row["no_rekening"]: row["saldo_akhir"] for row in rows}
-    new = {"accounts": list(saldo.keys()), "balances": list(saldo.values())}
-    connection.execute(UPDATE_BALANCES, new)
+    inserted = connection.execute(INSERT_JOURNAL, as_arrays(new_movement, movements))
+    rows = sorted(inserted.mappings(), key=lambda row: int(row["id"]))
+    connection.execute(INSERT_OUTBOX, as_arrays([journal.id], rows))
+    last = {row["no_rekening"]: row for row in rows}
+    connection.execute(UPDATE_BALANCES, as_arrays(new_balance, last.values()))
     return rows
 
 

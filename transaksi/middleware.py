@@ -30,8 +30,8 @@ MAX_PAYLOAD = 4096
 class RequestLog:
     """Writes one log line for each request, and answers when nobody else does.
 
-    The line has what was bound while the request was served. A request without an answer half
-    a second after its deadline was not executed: the teller answers in time.
+    The line has what was bound while the request was served. The teller answers by the
+    deadline; whatever else has no answer half a second later was not executed.
     """
 
     def __init__(self, app: ASGIApp, timeout_s: int) -> None:
@@ -75,11 +75,13 @@ class Answer:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-            if self.status == 401:
+            if message["status"] == 401:
                 await asyncio.sleep(self._arrived + MIN_401_S - now())
+            self.status = message["status"]
             self.timeout.reschedule(None)  # reading the answer may take the client longer
-            trace.get_current_span().set_attributes(get_contextvars())
+            span = trace.get_current_span()
+            if span.is_recording():
+                span.set_attributes(get_contextvars())
         await self._send(message)
 
     async def fail(self, error: Exception, scope: Scope, receive: Receive) -> None:

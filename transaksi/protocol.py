@@ -74,7 +74,9 @@ class BoundedHttp(HttpToolsProtocol):
             self.head_timer.cancel()
 
     def on_head_timeout(self) -> None:
-        if not self.cycle or self.cycle.response_complete:
+        if self.cycle and not self.cycle.response_complete:
+            self.expect_head()  # of the next request, while one is served
+        else:
             self.transport.close()
 
     def on_headers_complete(self) -> None:

@@ -81,7 +81,7 @@ class Stream:
     async def _failed(self, message: str) -> None:
         """Log the current exception, pause, and have the Redis client connect anew."""
         log.exception(message)
-        self._redis.connection_pool.disconnect()
+        self._redis.connection_pool.disconnect(inuse_connections=False)
         await asyncio.sleep(self.PAUSE_S)
 
     def _send(self, _: Engine, journal: Sequence[RowMapping]) -> None:
@@ -120,7 +120,6 @@ class Stream:
 def to_entry(row: RowMapping) -> dict[Any, Any]:
     """Return the stream entry of a journal row. It continues the trace of its request."""
     request = MutationRequest.model_validate({**row, "id_transaksi": row["id"]})
-    if request.traceparent:
-        with message_span("send", STREAM, request.traceparent, request.log_context()):
-            request.traceparent = current_traceparent() or request.traceparent
+    with message_span("send", STREAM, request.traceparent, request.log_context()):
+        request.traceparent = current_traceparent() or request.traceparent
     return request.to_entry()
