@@ -7,7 +7,7 @@ import asyncio
 import contextvars
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
@@ -35,8 +35,6 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.sql import TableValuedAlias
-from sqlalchemy.sql.elements import KeyedColumnElement
 
 from common.config import Settings
 from common.connections import COLUMN_TYPES, open_engine
@@ -138,23 +136,6 @@ class Mutasi(Base):
 # ---------------------------------------------------------------- a batch of movements
 
 
-def unnest(columns: Iterable[KeyedColumnElement[Any]]) -> TableValuedAlias:
-    """Return rows, with their `position`, that `as_arrays` passes as one array a column.
-
-    Unlike a list of VALUES, this is the same statement for a batch of any size.
-    """
-    arrays = [bindparam(f"{one.name}_array", type_=ARRAY(one.type)) for one in columns]
-    names = [column(one.name, one.type) for one in columns]
-    return func.unnest(*arrays).table_valued(*names, with_ordinality="position").render_derived()
-
-
-def as_arrays(
-    columns: Iterable[KeyedColumnElement[Any]], rows: Collection[Mapping[Any, Any]]
-) -> dict[str, list[Any]]:
-    """Return the parameters of `unnest` for these rows."""
-    return {f"{one.name}_array": [row[one.name] for row in rows] for one in columns}
-
-
 # In sorted order, so that tellers lock in the same order and cannot deadlock. NO KEY UPDATE
 # (`key_share`), so that foreign key checks on the accounts go on.
 LOCK_BALANCES = (
@@ -167,30 +148,36 @@ FIND_BY_KEYS = select(*Transaksi.__table__.c).where(
     tuple_(Transaksi.no_rekening, Transaksi.idempotency_key).in_(bindparam("keys", expanding=True))
 )
 
-journal = Transaksi.__table__.c
-new_movement = [one for one in journal if one.name not in ("id", "tanggal_transaksi")]
-new_movements = unnest(new_movement)
-INSERT_JOURNAL = (
+# Movements come as one array a column. Unlike a list of VALUES, this is the same statement for
+# a batch of any size. The ids follow the order of the arrays.
+COLUMNS = [one for one in Transaksi.__table__.c if one.name not in ("id", "tanggal_transaksi")]
+arrays = [bindparam(f"{one.name}_array", type_=ARRAY(one.type)) for one in COLUMNS]
+movement = (
+    func.unnest(*arrays)
+    .table_valued(*[column(one.name) for one in COLUMNS], with_ordinality="position")
+    .render_derived()
+)
+movements = select(*[movement.c[one.name] for one in COLUMNS]).order_by(movement.c.position)
+journal = (
     insert(Transaksi)
-    .from_select(
-        [one.name for one in new_movement],
-        select(*[new_movements.c[one.name] for one in new_movement]).order_by(
-            new_movements.c.position
-        ),
-    )
-    .returning(Transaksi)
+    .from_select([one.name for one in COLUMNS], movements)
+    .returning(*Transaksi.__table__.c)
+    .cte("journal")
 )
-
-accepted = unnest([journal.id])
-INSERT_OUTBOX = insert(Outbox).from_select(["id_transaksi"], select(accepted.c.id))
-
-new_balance = [journal.no_rekening, journal.saldo_akhir]
-new_balances = unnest(new_balance)
-UPDATE_BALANCES = (
+outbox = insert(Outbox).from_select(["id_transaksi"], select(journal.c.id)).cte("queued")
+last = (
+    select(journal.c.no_rekening, journal.c.saldo_akhir)
+    .distinct(journal.c.no_rekening)
+    .order_by(journal.c.no_rekening, journal.c.id.desc())
+    .subquery("last")
+)
+balances = (
     update(Rekening)
-    .where(Rekening.no_rekening == new_balances.c.no_rekening)
-    .values(saldo=new_balances.c.saldo_akhir)
+    .where(Rekening.no_rekening == last.c.no_rekening)
+    .values(saldo=last.c.saldo_akhir)
+    .cte("balances")
 )
+RECORD = select(journal).add_cte(outbox, balances).order_by(journal.c.id)
 
 
 def lock_balances(connection: Connection, accounts: Collection[str]) -> dict[str, int]:
@@ -211,20 +198,18 @@ def find_by_keys(connection: Connection, keys: Collection[Key]) -> dict[Key, Row
     return {(row["no_rekening"], row["idempotency_key"]): row for row in rows}
 
 
-def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> list[RowMapping]:
-    """Write movements to the journal, the outbox and the balances.
+def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> Sequence[RowMapping]:
+    """Write movements to the journal, the outbox and the balances, in one statement.
 
-    Returns their journal rows in the same order, which is that of their ids. The last movement
-    of an account has its balance.
+    Returns their journal rows in the same order. The last movement of an account gives its
+    balance.
     """
     if not movements:
         return []
-    inserted = connection.execute(INSERT_JOURNAL, as_arrays(new_movement, movements))
-    rows = sorted(inserted.mappings(), key=lambda row: int(row["id"]))
-    connection.execute(INSERT_OUTBOX, as_arrays([journal.id], rows))
-    last = {row["no_rekening"]: row for row in rows}
-    connection.execute(UPDATE_BALANCES, as_arrays(new_balance, last.values()))
-    return rows
+    arrays = {
+        f"{one.name}_array": [movement[one.name] for movement in movements] for one in COLUMNS
+    }
+    return connection.execute(RECORD, arrays).mappings().all()
 
 
 # ---------------------------------------------------------------- reads
