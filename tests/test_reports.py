@@ -19,10 +19,11 @@ from redis import Redis as RedisClient
 
 from common.stream import STREAM
 from dev.local import HOST, PIN, ROOT, Postgres, Redis, Service
-from tests.load import hung
+from tests.load import PATIENT, hung
 from tests.support import Customer, Database, Servers, eventually, log_lines, new_servers
 
 Customers = Callable[..., Customer]
+Start = Callable[..., Service]
 DEMO_ACCOUNT = "1234567890"  # in every database
 HEAD = "{} HTTP/1.1\r\nHost: bank\r\n"
 DOWNLOAD = HEAD.format("GET /static-offline-docs/swagger-ui-bundle.js").encode() + b"\r\n"
@@ -49,6 +50,8 @@ psycopg2.connect = connect
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Servers]:
     with new_servers() as started:
+        for limit in ("lock_timeout", "statement_timeout"):  # longer than a test holds a lock
+            started.database(f"ALTER ROLE transaksi SET {limit} = '40s'")
         yield started
 
 
@@ -57,6 +60,17 @@ def stack() -> Iterator[ExitStack]:
     """Ends with the test what it has started."""
     with ExitStack() as stack:
         yield stack
+
+
+@pytest.fixture
+def start(servers: Servers, stack: ExitStack) -> Start:
+    """Starts services that end with the test."""
+
+    def start(name: str, *options: str, **more: dict[str, str]) -> Service:
+        patience = PATIENT if name == "transaksi" else ()
+        return stack.enter_context(servers.service(name, *patience, *options, **more))
+
+    return start
 
 
 @pytest.fixture
@@ -108,7 +122,7 @@ def connect(service: Service) -> socket.socket:
 
 
 def test_a_read_only_postgresql_is_left_without_a_restart(
-    servers: Servers, stack: ExitStack, customer: Customers
+    servers: Servers, stack: ExitStack, start: Start, customer: Customers
 ) -> None:
     def alter_system(setting: str) -> None:
         servers.postgres.psql("-c", f"ALTER SYSTEM {setting}", "-c", "SELECT pg_reload_conf()")
@@ -117,9 +131,9 @@ def test_a_read_only_postgresql_is_left_without_a_restart(
     second.passwords = servers.postgres.passwords
     stack.enter_context(second)
     proxy = stack.enter_context(Proxy(servers.postgres.port))
-    options = ("--db-port", proxy.port, "--resend-after", "1")
-    transaksi = stack.enter_context(servers.service("transaksi", *options))
-    stack.enter_context(servers.service("mutasi", *options[:2]))
+    target = ("--db-port", proxy.port)
+    transaksi = start("transaksi", *target)
+    start("mutasi", *target)
     budi = customer(transaksi.url, DEMO_ACCOUNT)
     assert budi.deposit(1).status_code == 200
     servers.database.audit()
@@ -137,18 +151,18 @@ def test_a_read_only_postgresql_is_left_without_a_restart(
 
 
 def test_a_redis_that_became_a_replica_is_left_without_a_restart(
-    servers: Servers, account: str, stack: ExitStack, customer: Customers
+    servers: Servers, stack: ExitStack, start: Start, account: str, customer: Customers
 ) -> None:
     password = servers.redis.password
     old: Any = servers.stream  # untyped, as its answers are
-    second = stack.enter_context(Redis(servers.directory / "second"))
+    second = stack.enter_context(Redis(servers.directory / "second-redis"))
     new = RedisClient(port=second.port, password=second.password)
     stack.callback(new.close)
     new.config_set("requirepass", password)
     proxy = stack.enter_context(Proxy(servers.redis.port))
-    options = ("--redis-port", proxy.port, "--resend-after", "1")
-    transaksi = stack.enter_context(servers.service("transaksi", *options))
-    mutasi = stack.enter_context(servers.service("mutasi", *options[:2]))
+    target = ("--redis-port", proxy.port)
+    transaksi = start("transaksi", *target)
+    mutasi = start("mutasi", *target)
     ani = customer(transaksi.url, account)
     assert ani.deposit(1).status_code == 200
     servers.database.audit()
@@ -169,12 +183,12 @@ def test_a_redis_that_became_a_replica_is_left_without_a_restart(
 
 
 def test_a_connection_that_is_refused_in_latin_1_is_a_503(
-    servers: Servers, account: str, stack: ExitStack, customer: Customers
+    servers: Servers, start: Start, account: str, customer: Customers
 ) -> None:
     refused = servers.directory / "refused"
     (servers.directory / "sitecustomize.py").write_text(REFUSE_IN_LATIN_1.format(str(refused)))
     environment = {"PYTHONPATH": f"{servers.directory}:{ROOT}"}
-    transaksi = stack.enter_context(servers.service("transaksi", environment=environment))
+    transaksi = start("transaksi", environment=environment)
     ani = customer(transaksi.url, account)
     siti = customer(transaksi.url, servers.database.open_account())  # with a PIN not yet cached
     reads = [partial(who.client.get, path) for path in ("/saldo", "/mutasi") for who in (ani, siti)]
@@ -193,16 +207,14 @@ def test_a_connection_that_is_refused_in_latin_1_is_a_503(
 # ---------------------------------------------------------------- connections
 
 
-def test_a_connection_may_be_idle_longer_than_clients_pause(
-    servers: Servers, stack: ExitStack
-) -> None:
+def test_a_connection_may_be_idle_for_long(stack: ExitStack, start: Start) -> None:
     def ask(connection: HTTPConnection) -> int:
         connection.request("GET", "/openapi.json")
         with connection.getresponse() as answer:
             answer.read()
             return answer.status
 
-    transaksi = stack.enter_context(servers.service("transaksi"))
+    transaksi = start("transaksi")
     connections = [HTTPConnection(HOST, transaksi.port, timeout=30) for _ in range(50)]
     for connection in connections:
         stack.callback(connection.close)
@@ -214,13 +226,12 @@ def test_a_connection_may_be_idle_longer_than_clients_pause(
 
 
 def test_unfinished_heads_and_unread_downloads_keep_nobody_out(
-    servers: Servers, account: str, stack: ExitStack, customer: Customers
+    stack: ExitStack, start: Start, account: str, customer: Customers
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
-    # Its heads do not end before the answers are there.
-    transaksi = stack.enter_context(servers.service("transaksi", "--request-timeout", "60"))
+    transaksi = start("transaksi")
     for number in range(2500):
         client = stack.enter_context(connect(transaksi))
         with suppress(ConnectionError):  # it was idle for longest
@@ -233,27 +244,23 @@ def test_unfinished_heads_and_unread_downloads_keep_nobody_out(
     assert [line["level"] for line in reached] == ["WARNING"]
 
 
-def test_a_head_that_trickles_in_ends_with_the_request_timeout(
-    servers: Servers, stack: ExitStack
-) -> None:
-    transaksi = stack.enter_context(servers.service("transaksi", "--request-timeout", "1"))
-    client = stack.enter_context(connect(transaksi))
-    client.sendall(UNFINISHED)
-
-    def trickle() -> None:
+def test_a_head_that_trickles_in_is_cut_off_in_time(start: Start) -> None:
+    def trickle(client: socket.socket) -> None:
         for _ in range(300):
             client.sendall(b"x")
             time.sleep(0.1)
 
-    with pytest.raises(ConnectionError):
-        trickle()
+    with connect(start("transaksi", "--request-timeout", "1")) as client:
+        client.sendall(UNFINISHED)
+        with pytest.raises(ConnectionError):
+            trickle(client)
 
 
 def test_movements_whose_client_has_left_are_logged_as_accepted(
-    servers: Servers, account: str, stack: ExitStack
+    servers: Servers, start: Start, account: str
 ) -> None:
     """Two pipelined deposits, and a reset before, between or after their answers."""
-    transaksi = stack.enter_context(servers.service("transaksi"))
+    transaksi = start("transaksi")
     payload = f'{{"no_rekening": "{account}", "nominal": 1}}'
     credentials = b64encode(f"{account}:{PIN}".encode()).decode()
     head = HEAD.format("POST /tabung") + f"Authorization: Basic {credentials}\r\n"
@@ -284,9 +291,9 @@ def test_movements_whose_client_has_left_are_logged_as_accepted(
 
 
 def test_a_lost_movement_with_times_ahead_of_now_is_resent_and_reported(
-    servers: Servers, account: str, stack: ExitStack, customer: Customers
+    servers: Servers, start: Start, account: str, customer: Customers
 ) -> None:
-    transaksi = stack.enter_context(servers.service("transaksi", "--resend-after", "1"))
+    transaksi = start("transaksi")
     assert customer(transaksi.url, account).deposit(1).status_code == 200
     eventually(lambda: servers.stream.xlen(STREAM))
 
@@ -295,5 +302,5 @@ def test_a_lost_movement_with_times_ahead_of_now_is_resent_and_reported(
 
     eventually(lambda: servers.stream.xlen(STREAM))
     eventually(lambda: log_lines(transaksi, "outbox is behind"))
-    stack.enter_context(servers.service("mutasi"))
+    start("mutasi")
     servers.database.audit()

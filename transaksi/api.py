@@ -118,7 +118,9 @@ FIELD_REMARKS = {
 def error_response(error: Exception) -> JSONResponse:
     """Return the answer to any error, and bind it to the log line of the request."""
     answer = find_answer(error)
-    bind_contextvars(remark=answer.remark, reason=str(error) or type(error).__name__)
+    # The text of other errors may quote the payload.
+    reason = str(error) if isinstance(error, BankError) else type(error).__name__
+    bind_contextvars(remark=answer.remark, reason=reason)
     return JSONResponse({"remark": answer.remark}, answer.status, answer.headers)
 
 

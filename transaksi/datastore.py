@@ -34,6 +34,7 @@ from sqlalchemy import (
     tuple_,
     update,
 )
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from common.config import Settings
@@ -167,7 +168,7 @@ journal = (
 outbox = insert(Outbox).from_select(["id_transaksi"], select(journal.c.id)).cte("queued")
 last = (
     select(journal.c.no_rekening, journal.c.saldo_akhir)
-    .distinct(journal.c.no_rekening)
+    .ext(distinct_on(journal.c.no_rekening))
     .order_by(journal.c.no_rekening, journal.c.id.desc())
     .subquery("last")
 )

@@ -3,7 +3,8 @@
 import asyncio
 from typing import cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from common.telemetry import log
 
@@ -26,6 +27,7 @@ class BoundedHttp(HttpToolsProtocol):
     ignores_input = False
     idle_since = 0.0  # seconds of the event loop's clock
     head_timer: asyncio.TimerHandle | None = None
+    running: RequestResponseCycle | None = None  # the request that is, or was last, served
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -43,13 +45,20 @@ class BoundedHttp(HttpToolsProtocol):
             log.warning("connection limit reached", limit=MAX_CONNECTIONS)
             BoundedHttp.warned = True
         connections = cast(set[BoundedHttp], self.connections)
-        idle = [one for one in connections if not one.cycle or one.cycle.response_started]
+        idle = [one for one in connections if not one.running or one.running.response_started]
         oldest = min(idle, key=lambda one: one.idle_since)
         connections.discard(oldest)
         oldest.transport.abort()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self.running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self.stop_head_timer()
+        if self.running:  # uvicorn tells only the last one of pipelined requests
+            self.running.disconnected = True
+            self.running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -74,7 +83,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.head_timer.cancel()
 
     def on_head_timeout(self) -> None:
-        if self.cycle and not self.cycle.response_complete:
+        if self.running and not self.running.response_complete:
             self.expect_head()  # of the next request, while one is served
         else:
             self.transport.close()
@@ -93,7 +102,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_body(body)
 
     def on_response_complete(self) -> None:
-        is_unread = not self.pipeline and self.cycle.more_body
+        is_unread = self.running is not None and self.running.more_body
         super().on_response_complete()
         self.idle_since = self.loop.time()
         if is_unread and not self.transport.is_closing():
@@ -103,7 +112,8 @@ class BoundedHttp(HttpToolsProtocol):
             self.loop.call_later(LINGER_S, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
-        if self.cycle and not self.cycle.response_complete:  # this would be taken for its answer
+        if self.running and not self.running.response_complete:
+            # This would be taken for its answer.
             self.transport.close()
         else:
             super().send_400_response(msg)
