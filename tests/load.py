@@ -125,7 +125,9 @@ class Bank:
         return [Request(self.accounts[0], **values) for _ in range(count)]
 
     def any_movement(self) -> Request:
-        return Request(choice(self.accounts), choice(("tabung", "tarik")), randint(1, 1000))
+        hot = self.accounts[0]
+        account = choice((hot, choice(self.accounts)))
+        return Request(account, choice(("tabung", "tarik")), randint(1, 1000))
 
     def load(
         self, *services: Service, requests: Sequence[Request] = (), connections: int = 16

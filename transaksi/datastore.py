@@ -245,9 +245,10 @@ def find_mutations(
 
 
 def ping(engine: Engine) -> None:
-    """Raise DBAPIError if PostgreSQL cannot be reached."""
-    with engine.connect():
-        pass
+    """Raise DBAPIError if PostgreSQL cannot be reached or takes no writes."""
+    no_rows = select(Rekening.saldo).limit(0).with_for_update(key_share=True)
+    with engine.connect() as connection:
+        connection.execute(no_rows)
 
 
 # ---------------------------------------------------------------- PIN attempts
