@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import ClassVar
 
-from sqlalchemy import ARRAY, BigInteger, Engine, RowMapping, any_, delete, literal
+from sqlalchemy import ARRAY, BigInteger, Engine, RowMapping, any_, bindparam, delete
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -41,6 +41,9 @@ class Outbox(Base):
 INSERT_ONCE = (
     insert(Mutasi).on_conflict_do_nothing(index_elements=[Mutasi.id_transaksi]).returning(Mutasi)
 )
+DELETE_BOOKED = delete(Outbox).where(
+    Outbox.id_transaksi == any_(bindparam("ids", type_=ARRAY(BigInteger)))
+)
 
 
 def book(engine: Engine, requests: Sequence[MutationRequest]) -> Sequence[RowMapping]:
@@ -53,10 +56,9 @@ def book(engine: Engine, requests: Sequence[MutationRequest]) -> Sequence[RowMap
     ordered = sorted(requests, key=lambda request: request.id_transaksi)
     rows = [request.model_dump(exclude={"traceparent"}) for request in ordered]
     ids = [request.id_transaksi for request in ordered]
-    booked = Outbox.id_transaksi == any_(literal(ids, ARRAY(BigInteger)))
     with engine.begin() as connection:
         new = connection.execute(INSERT_ONCE, rows).mappings().all()
-        connection.execute(delete(Outbox).where(booked))
+        connection.execute(DELETE_BOOKED, {"ids": ids})
     return new
 
 

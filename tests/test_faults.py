@@ -542,7 +542,8 @@ def test_unknown_fields_of_a_message_are_ignored(bank: Bank) -> None:
 
 def test_two_instances_of_mutasi_book_each_movement_once(bank: Bank) -> None:
     with bank.service("mutasi") as second:
-        with bank.load() as load, hung(bank.mutasi), hung(second):
+        lock = bank.sql.holding("LOCK TABLE mutasi IN EXCLUSIVE MODE")
+        with bank.load() as load, lock:
             load.wait(1000)
         bank.sql.audit()
         stored = [*log_lines(bank.mutasi, "mutation stored"), *log_lines(second, "mutation stored")]

@@ -84,7 +84,7 @@ def test_batches_decide_what_would_be_decided_one_by_one(
 
         posted: list[Pending] = []
         while teller.waiting():
-            batch = await teller._next_batch()
+            batch = await asyncio.wait_for(teller._next_batch(), 10)
             app.decide(NONE, batch)
             expected = [one_by_one(pending.movement, balances, made) for pending in batch]
             assert [outcome(pending.result) for pending in batch] == expected

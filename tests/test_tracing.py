@@ -10,19 +10,30 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from common.stream import DEAD_LETTERS, STREAM
 from dev.local import HOST, ROOT, Service
+from tests.load import hung
 from tests.support import SECRETS, Customer, Servers, eventually, log_lines, new_servers
 
 Customers = Callable[..., Customer]
 CHAIN = ["transaksi: POST /tabung", "transaksi: send mutasi", "mutasi: process mutasi"]
 KINDS = [Span.SPAN_KIND_SERVER, Span.SPAN_KIND_PRODUCER, Span.SPAN_KIND_CONSUMER]
 INSTRUMENTED = (str(Path(sys.executable).with_name("opentelemetry-instrument")), sys.executable)
-OTEL = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_BSP_SCHEDULE_DELAY": "100"}
+OTEL = {
+    "OTEL_TRACES_EXPORTER": "otlp",
+    "OTEL_BSP_SCHEDULE_DELAY": "100",
+    "OTEL_METRICS_EXPORTER": "otlp",
+    "OTEL_METRIC_EXPORT_INTERVAL": "200",
+}
 CLIENT_SPAN = "b7ad6b7169203331"
 SPANS: list[tuple[str, Span]] = []  # all that the collector has received, by service and name
+METRICS: dict[str, float] = {}  # the latest value of each
 
 
 class Collector(BaseHTTPRequestHandler):
@@ -30,6 +41,9 @@ class Collector(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/v1/metrics":
+            METRICS.update(latest_values(body))
+            body = b""
         for one in ExportTraceServiceRequest.FromString(body).resource_spans:
             name = attributes(one.resource)["service.name"]
             received = [span for scope in one.scope_spans for span in scope.spans]
@@ -78,6 +92,18 @@ def attributes(of: Any) -> dict[str, Any]:
         key: getattr(value, value.WhichOneof("value") or "string_value")
         for key, value in values.items()
     }
+
+
+def latest_values(body: bytes) -> dict[str, float]:
+    """Return the value of each gauge, and how many requests each histogram has counted."""
+    values = {}
+    for resource in ExportMetricsServiceRequest.FromString(body).resource_metrics:
+        for metric in (metric for scope in resource.scope_metrics for metric in scope.metrics):
+            for point in metric.gauge.data_points:
+                values[metric.name] = point.as_double or point.as_int
+            if points := metric.histogram.data_points:
+                values[metric.name] = sum(point.count for point in points)
+    return values
 
 
 def spans(trace_id: str, *expected: str) -> list[Span]:
@@ -187,6 +213,22 @@ def test_without_tracing_neither_lines_nor_messages_have_a_trace(
         stored = line(bank.mutasi, "mutation stored", ani.no_rekening)
 
     assert not {"trace_id", "span_id"} & (answered.keys() | stored.keys())
+
+
+def test_gauges_tell_what_is_not_booked(bank: Bank, ani: Customer) -> None:
+    stream = bank.servers.stream
+    letters = stream.xlen(DEAD_LETTERS)
+    names = [f"tabungan.{name}" for name in ("unbooked.count", "stream.length", "dead_letters")]
+
+    with hung(bank.mutasi):
+        assert [ani.deposit(1).status_code for _ in range(3)] == [200] * 3
+        stream.xadd(STREAM, {"nominal": "x"})
+        eventually(lambda: [METRICS.get(name) for name in names] == [3, 4, letters])
+        eventually(lambda: METRICS["tabungan.unbooked.age"] > 0.5)
+    eventually(lambda: [METRICS[name] for name in names] == [0, 0, letters + 1])
+
+    assert METRICS["tabungan.unbooked.age"] == METRICS["tabungan.waiting"] == 0
+    assert METRICS["http.server.request.duration"] >= 3
 
 
 def test_an_unreachable_collector_disturbs_nothing(bank: Bank, ani: Customer) -> None:
