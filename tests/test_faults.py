@@ -407,7 +407,7 @@ def test_what_is_merely_delayed_is_not_resent(bank: Bank) -> None:
     with hung(bank.mutasi):
         bank.stream.xadd(STREAM, {"nominal": "bad"}, id="1-0")  # has waited since 1970
         bank.send(bank.deposits(20))
-        due = "SELECT 1 FROM outbox WHERE dikirim_pada < clock_timestamp() - interval '4 s'"
+        due = "SELECT 1 FROM outbox WHERE dikirim_pada < clock_timestamp() - interval '3 s'"
         eventually(lambda: bank.sql(due) and bank.stream.xlen(STREAM) > 20)
         assert bank.stream.xlen(STREAM) == 1 + 20
 
