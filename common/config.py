@@ -2,7 +2,12 @@
 
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import (
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+)
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -46,12 +51,22 @@ def new_parser(service: str, description: str) -> ArgumentParser:
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--db-host", default="127.0.0.1", help="PostgreSQL host, or several with commas")
+    add(
+        "--db-host",
+        default="127.0.0.1",
+        help="PostgreSQL host, or several with commas",
+    )
     add("--db-port", default=5432, type=PORT, help="PostgreSQL port")
     add("--db-name", default="tabungan", help="PostgreSQL database")
     add("--redis-host", default="127.0.0.1", help="Redis host")
     add("--redis-port", default=6379, type=PORT, help="Redis port")
-    add("--log-level", default="INFO", type=str.upper, choices=LOG_LEVELS, help="lowest level")
+    add(
+        "--log-level",
+        default="INFO",
+        type=str.upper,
+        choices=LOG_LEVELS,
+        help="lowest level",
+    )
     return parser
 
 

@@ -46,7 +46,11 @@ def open_engine(settings: Settings) -> Engine:
         "keepalives_count": 3,
     }
     engine = create_engine(
-        url, connect_args=connect_args, hide_parameters=True, pool_pre_ping=True, pool_size=0
+        url,
+        connect_args=connect_args,
+        hide_parameters=True,
+        pool_pre_ping=True,
+        pool_size=0,
     )
     event.listen(engine, "handle_error", drop_wrong_server)
     return engine

@@ -12,10 +12,13 @@ import orjson
 import structlog
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.trace.propagation.tracecontext import (
+    TraceContextTextMapPropagator,
+)
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 from structlog.contextvars import merge_contextvars
+from structlog.processors import JSONRenderer
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
@@ -56,6 +59,11 @@ def format_error(_: Any, __: str, event: EventDict) -> EventDict:
     return event
 
 
+def to_text(event: EventDict, **options: Any) -> str:
+    """Serialize a line for the standard library's handlers."""
+    return orjson.dumps(event, **options).decode()
+
+
 def start_logging(service: str, level: str) -> None:
     """Log everything, libraries included, to stdout: one JSON object a line."""
 
@@ -69,24 +77,17 @@ def start_logging(service: str, level: str) -> None:
             **dict(sorted(event.items())),
         }
 
-    def to_text(event: EventDict, **options: Any) -> str:
-        return orjson.dumps(event, **options).decode()
-
     processors: list[Processor] = [merge_contextvars, add_trace, format_error, order_fields]
     structlog.configure(
-        processors=[*processors, structlog.processors.JSONRenderer(orjson.dumps)],
+        processors=[*processors, JSONRenderer(orjson.dumps)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.BytesLoggerFactory(Stdout()),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
     # Loggers of libraries: https://www.structlog.org/en/stable/standard-library.html
-    renderer = structlog.processors.JSONRenderer(to_text)
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(
-        ProcessorFormatter(
-            processors=[ProcessorFormatter.remove_processors_meta, *processors, renderer]
-        )
-    )
+    processors.insert(0, ProcessorFormatter.remove_processors_meta)
+    handler.setFormatter(ProcessorFormatter(processors=[*processors, JSONRenderer(to_text)]))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     sys.excepthook = lambda *error: log.critical("died", exc_info=error)

@@ -3,7 +3,12 @@
 import signal
 from threading import Event
 
-from common.config import Settings, development_passwords, new_parser, read_settings
+from common.config import (
+    Settings,
+    development_passwords,
+    new_parser,
+    read_settings,
+)
 from common.connections import open_engine, open_redis
 from common.telemetry import log, start_logging
 from mutasi.api import consume

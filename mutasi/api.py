@@ -88,10 +88,18 @@ def move_to_dead_letters(redis: Redis, message: Message, reason: str) -> None:
     It is deleted even if Redis refuses the copy, for example because it is full: every true
     movement is in the outbox, and bad messages must not block the stream.
     """
-    letter: dict[Any, Any] = message.fields | {b"reason": reason, b"entry": message.entry}
+    letter: dict[Any, Any] = message.fields | {
+        b"reason": reason,
+        b"entry": message.entry,
+    }
     kept = False
     with suppress(ResponseError):
         redis.xadd(DEAD_LETTERS, letter, maxlen=MAX_DEAD_LETTERS)
         kept = True
     redis.xdel(STREAM, message.entry)
-    log.error("bad message", entry=message.entry.decode(), reason=reason, dead_letter=kept)
+    log.error(
+        "bad message",
+        entry=message.entry.decode(),
+        reason=reason,
+        dead_letter=kept,
+    )

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import ClassVar
 
-from sqlalchemy import ARRAY, BigInteger, Engine, RowMapping, any_, bindparam, delete
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Engine,
+    RowMapping,
+    any_,
+    bindparam,
+    delete,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from redis import Redis
 from sqlalchemy import Engine
@@ -41,6 +42,12 @@ from transaksi.middleware import (
 )
 from transaksi.protocol import BoundedHttp
 from transaksi.stream import Stream
+
+TELEMETRY: TelemetryConfig = {
+    "operation_spans": False,
+    "logs": False,
+    "exclude": lambda scope: scope.get("path") in OPEN_PATHS,
+}
 
 
 class TransaksiSettings(Settings):
@@ -91,11 +98,7 @@ def create_app(settings: TransaksiSettings) -> FastAPI:
         exception_handlers=HANDLERS,
         redoc_url=None,
         redirect_slashes=False,
-        telemetry={
-            "operation_spans": False,
-            "logs": False,
-            "exclude": lambda scope: scope.get("path") in OPEN_PATHS,
-        },
+        telemetry=TELEMETRY,
     )
     app.state.bank = bank
     return app
@@ -121,7 +124,11 @@ async def background(teller: Teller, stream: Stream, pin_database: Database) -> 
 def add_gauges(teller: Teller, engine: Engine, redis: Redis) -> None:
     """Add what an operator can alarm on to the metrics."""
     add_gauge("tabungan.unbooked.age", "s", partial(datastore.outbox_age, engine))
-    add_gauge("tabungan.unbooked.count", "{movement}", partial(datastore.outbox_count, engine))
+    add_gauge(
+        "tabungan.unbooked.count",
+        "{movement}",
+        partial(datastore.outbox_count, engine),
+    )
     add_gauge("tabungan.stream.length", "{entry}", lambda: redis.xlen(STREAM))
     add_gauge("tabungan.dead_letters", "{entry}", lambda: redis.xlen(DEAD_LETTERS))
     add_gauge("tabungan.waiting", "{request}", teller.waiting)
@@ -142,11 +149,29 @@ def new_transaksi_parser() -> ArgumentParser:
 
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", default=8000, type=PORT, help="port to listen on")
-    add("--auth-cache-ttl", 300, 0, 3600, "seconds a correct PIN is cached, 0 = not at all")
-    add("--max-pin-failures", 5, 3, 10**6, "PIN failures in a row that lock an account")
+    add(
+        "--auth-cache-ttl",
+        300,
+        0,
+        3600,
+        "seconds a correct PIN is cached, 0 = not at all",
+    )
+    add(
+        "--max-pin-failures",
+        5,
+        3,
+        10**6,
+        "PIN failures in a row that lock an account",
+    )
     add("--lock-minutes", 15, 1, 10**4, "minutes an account stays locked")
     add("--request-timeout", 5, 1, 60, "request timeout in seconds")
-    add("--resend-after", 10, 1, 3600, "N: a movement not booked after 2N seconds is resent")
+    add(
+        "--resend-after",
+        10,
+        1,
+        3600,
+        "N: a movement not booked after 2N seconds is resent",
+    )
     return parser
 
 

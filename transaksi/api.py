@@ -92,10 +92,13 @@ ANSWERS: dict[type[Exception], ErrorAnswer] = {
     app.NotAuthenticated: ErrorAnswer(401, "Nomor rekening atau PIN salah.", CHALLENGE),
     app.KeyReused: ErrorAnswer(422, "Idempotency-Key sudah dipakai untuk transaksi lain."),
     app.NotExecuted: ErrorAnswer(
-        503, "Layanan sedang tidak tersedia, silakan coba lagi.", {"Retry-After": "1"}
+        503,
+        "Layanan sedang tidak tersedia, silakan coba lagi.",
+        {"Retry-After": "1"},
     ),
     app.OutcomeUnknown: ErrorAnswer(
-        503, "Hasil belum pasti: ulangi dengan Idempotency-Key yang sama, atau cek mutasi."
+        503,
+        "Hasil belum pasti: ulangi dengan Idempotency-Key yang sama, atau cek mutasi.",
     ),
     MalformedKey: ErrorAnswer(
         400, "Idempotency-Key harus 1 sampai 255 karakter ASCII yang tercetak."
@@ -140,7 +143,8 @@ async def handle_error(_: Request, error: Exception) -> JSONResponse:
 
 
 HANDLERS: dict[Any, Any] = dict.fromkeys(
-    (BankError, MalformedKey, RequestValidationError, HTTPException), handle_error
+    (BankError, MalformedKey, RequestValidationError, HTTPException),
+    handle_error,
 )
 
 

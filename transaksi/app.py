@@ -156,7 +156,9 @@ class Teller:
     MAX_BATCH = 512
 
     def __init__(
-        self, database: Database, on_commit: Callable[[Sequence[RowMapping]], None]
+        self,
+        database: Database,
+        on_commit: Callable[[Sequence[RowMapping]], None],
     ) -> None:
         self._database = database
         self._on_commit = on_commit
@@ -303,7 +305,12 @@ class PinCheck:
     DUMMY_HASH = bcrypt.hashpw(secrets.token_bytes(16), bcrypt.gensalt(10)).decode()
 
     def __init__(
-        self, database: Database, *, max_failures: int, lock_minutes: int, cache_ttl_s: int
+        self,
+        database: Database,
+        *,
+        max_failures: int,
+        lock_minutes: int,
+        cache_ttl_s: int,
     ) -> None:
         self._database = database
         self._max_failures = max_failures

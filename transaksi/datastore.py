@@ -15,11 +15,13 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    ColumnClause,
     Connection,
     Engine,
     ForeignKey,
     Identity,
     RowMapping,
+    Select,
     Text,
     any_,
     bindparam,
@@ -59,12 +61,16 @@ class Database:
         self._executor = ThreadPoolExecutor(threads, initializer=lower)
 
     def run(
-        self, function: Callable[Concatenate[Engine, P], T], *args: P.args, **kwargs: P.kwargs
+        self,
+        function: Callable[Concatenate[Engine, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> asyncio.Future[T]:
         """Call `function(engine, ...)` in a thread, with the caller's context variables."""
         context = contextvars.copy_context()
         return asyncio.get_running_loop().run_in_executor(
-            self._executor, lambda: context.run(function, self.engine, *args, **kwargs)
+            self._executor,
+            lambda: context.run(function, self.engine, *args, **kwargs),
         )
 
     def close(self) -> None:
@@ -149,36 +155,49 @@ FIND_BY_KEYS = select(*Transaksi.__table__.c).where(
     tuple_(Transaksi.no_rekening, Transaksi.idempotency_key).in_(bindparam("keys", expanding=True))
 )
 
-# Movements come as one array a column. Unlike a list of VALUES, this is the same statement for
-# a batch of any size. The ids follow the order of the arrays.
-COLUMNS = [one for one in Transaksi.__table__.c if one.name not in ("id", "tanggal_transaksi")]
-arrays = [bindparam(f"{one.name}_array", type_=ARRAY(one.type)) for one in COLUMNS]
-movement = (
-    func.unnest(*arrays)
-    .table_valued(*[column(one.name) for one in COLUMNS], with_ordinality="position")
-    .render_derived()
-)
-movements = select(*[movement.c[one.name] for one in COLUMNS]).order_by(movement.c.position)
-journal = (
-    insert(Transaksi)
-    .from_select([one.name for one in COLUMNS], movements)
-    .returning(*Transaksi.__table__.c)
-    .cte("journal")
-)
-outbox = insert(Outbox).from_select(["id_transaksi"], select(journal.c.id)).cte("queued")
-last = (
-    select(journal.c.no_rekening, journal.c.saldo_akhir)
-    .ext(distinct_on(journal.c.no_rekening))
-    .order_by(journal.c.no_rekening, journal.c.id.desc())
-    .subquery("last")
-)
-balances = (
-    update(Rekening)
-    .where(Rekening.no_rekening == last.c.no_rekening)
-    .values(saldo=last.c.saldo_akhir)
-    .cte("balances")
-)
-RECORD = select(journal).add_cte(outbox, balances).order_by(journal.c.id)
+# What a new journal row is made of; PostgreSQL adds the rest.
+NEW_ROW = [one for one in Transaksi.__table__.c if one.name not in ("id", "tanggal_transaksi")]
+
+
+def record_statement() -> Select[*tuple[Any, ...]]:
+    """Return the one statement that writes journal, outbox and balances.
+
+    Movements come as one array parameter a column, named like it with "_array". Unlike a list
+    of VALUES, this is the same statement for a batch of any size.
+    """
+    arrays = [bindparam(f"{one.name}_array", type_=ARRAY(one.type)) for one in NEW_ROW]
+    names: list[ColumnClause[Any]] = [column(one.name) for one in NEW_ROW]
+    new = func.unnest(*arrays).table_valued(*names, with_ordinality="position").render_derived()
+
+    # The journal. The ids follow the order of the arrays.
+    rows = select(*[new.c[one.name] for one in NEW_ROW]).order_by(new.c.position)
+    insert_journal = insert(Transaksi).from_select([one.name for one in NEW_ROW], rows)
+    journal = insert_journal.returning(*Transaksi.__table__.c).cte("journal")
+
+    # The outbox.
+    insert_outbox = insert(Outbox).from_select(["id_transaksi"], select(journal.c.id))
+
+    # The balances: the last movement of each account has the new one.
+    last = (
+        select(journal.c.no_rekening, journal.c.saldo_akhir)
+        .ext(distinct_on(journal.c.no_rekening))
+        .order_by(journal.c.no_rekening, journal.c.id.desc())
+        .subquery("last")
+    )
+    update_balances = (
+        update(Rekening)
+        .where(Rekening.no_rekening == last.c.no_rekening)
+        .values(saldo=last.c.saldo_akhir)
+    )
+
+    parts = (
+        insert_outbox.cte("insert_outbox"),
+        update_balances.cte("update_balances"),
+    )
+    return select(journal).add_cte(*parts).order_by(journal.c.id)
+
+
+RECORD = record_statement()
 
 
 def lock_balances(connection: Connection, accounts: Collection[str]) -> dict[str, int]:
@@ -200,16 +219,14 @@ def find_by_keys(connection: Connection, keys: Collection[Key]) -> dict[Key, Row
 
 
 def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> Sequence[RowMapping]:
-    """Write movements to the journal, the outbox and the balances, in one statement.
+    """Write movements to the journal, the outbox and the balances.
 
-    Returns their journal rows in the same order. The last movement of an account gives its
-    balance.
+    Returns their journal rows in the same order.
     """
     if not movements:
         return []
-    arrays = {
-        f"{one.name}_array": [movement[one.name] for movement in movements] for one in COLUMNS
-    }
+    names = [one.name for one in NEW_ROW]
+    arrays = {f"{name}_array": [movement[name] for movement in movements] for name in names}
     return connection.execute(RECORD, arrays).mappings().all()
 
 
@@ -270,7 +287,10 @@ def count_attempt(
         update(Kredensial)
         .where(Kredensial.no_rekening == account)
         .where(or_(Kredensial.terkunci_sampai.is_(None), not_(locked)))
-        .values(pin_gagal=count, terkunci_sampai=case((count >= max_failures, lock_end)))
+        .values(
+            pin_gagal=count,
+            terkunci_sampai=case((count >= max_failures, lock_end)),
+        )
         .returning(Kredensial.pin_hash, Kredensial.pin_gagal)
     )
     with engine.begin() as connection:

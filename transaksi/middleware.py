@@ -16,11 +16,22 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bind_contextvars, clear_contextvars, get_contextvars
+from structlog.contextvars import (
+    bind_contextvars,
+    clear_contextvars,
+    get_contextvars,
+)
 
 from common.telemetry import log, mask
 from transaksi.api import OPEN_PATHS, error_response
-from transaksi.app import Bank, BankError, NotAuthenticated, NotExecuted, OutcomeUnknown, deadline
+from transaksi.app import (
+    Bank,
+    BankError,
+    NotAuthenticated,
+    NotExecuted,
+    OutcomeUnknown,
+    deadline,
+)
 
 # No 401 is sent earlier, so that timing does not reveal the cause: 0.3 s and the timer's error.
 MIN_401_S = 0.302
