@@ -213,7 +213,7 @@ def test_odd_bytes_are_answered_and_move_nothing(
     url: str, database: Database, expected: str, data: bytes
 ) -> None:
     assert statuses(exchange(url, data)) == expected
-    assert database("SELECT FROM transaksi WHERE nominal = %s", ODD_AMOUNT) == []
+    assert database("SELECT id FROM transaksi WHERE nominal = %s", ODD_AMOUNT) == []
 
 
 ENDLESS = [(POST, b"X: y\r\n"), (POST, b"x"), (POST + b"X: ", b"x"), (b"POST /", b"x")]

@@ -85,8 +85,8 @@ class Stream:
         await asyncio.sleep(self.PAUSE_S)
 
     def _send(self, _: Engine, journal: Sequence[RowMapping]) -> None:
-        """Add movements to the stream, all or none."""
-        with self._redis.pipeline(transaction=True) as pipe:
+        """Add movements to the stream in one round trip."""
+        with self._redis.pipeline(transaction=False) as pipe:
             for row in journal:
                 pipe.xadd(STREAM, to_entry(row))
             pipe.execute()
