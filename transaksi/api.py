@@ -83,9 +83,11 @@ class MalformedKey(Exception):
 
 
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="transaksi", charset="UTF-8"'}  # RFC 7617
-UNEXPECTED = ErrorAnswer(500, "Terjadi kesalahan pada layanan.")
 
-ANSWERS: dict[type[Exception], ErrorAnswer] = {
+# An error that is not listed is answered like its base class.
+ANSWERS: dict[type, ErrorAnswer] = {
+    Exception: ErrorAnswer(500, "Terjadi kesalahan pada layanan."),
+    app.Refused: ErrorAnswer(400, "Transaksi ditolak."),
     app.UnknownAccount: ErrorAnswer(400, "Nomor rekening tidak dikenali."),
     app.InsufficientBalance: ErrorAnswer(400, "Saldo tidak mencukupi."),
     app.BalanceLimit: ErrorAnswer(400, "Saldo akan melebihi batas."),
@@ -133,9 +135,9 @@ def find_answer(error: Exception) -> ErrorAnswer:
         remarks = [FIELD_REMARKS[place] for place in places if place in FIELD_REMARKS]
         return ErrorAnswer(400, remarks[0] if remarks else FRAMEWORK_REMARKS[400])
     if isinstance(error, HTTPException):
-        remark = FRAMEWORK_REMARKS.get(error.status_code, UNEXPECTED.remark)
+        remark = FRAMEWORK_REMARKS.get(error.status_code, ANSWERS[Exception].remark)
         return ErrorAnswer(error.status_code, remark, error.headers or {})
-    return ANSWERS.get(type(error), UNEXPECTED)
+    return next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
 
 
 async def handle_error(_: Request, error: Exception) -> JSONResponse:

@@ -39,19 +39,23 @@ class BankError(Exception):
     """Why the bank did not do what was asked. The text is for the log."""
 
 
-class UnknownAccount(BankError):
+class Refused(BankError):
+    """A rule forbids the movement. No money was moved."""
+
+
+class UnknownAccount(Refused):
     """The account is not the customer's own, whether it exists or not."""
 
 
-class InsufficientBalance(BankError):
+class InsufficientBalance(Refused):
     """A withdrawal of more than the balance."""
 
 
-class BalanceLimit(BankError):
+class BalanceLimit(Refused):
     """A deposit that would lift the balance over `MAX_SALDO`."""
 
 
-class KeyReused(BankError):
+class KeyReused(Refused):
     """The idempotency key belongs to another movement."""
 
 
