@@ -40,7 +40,7 @@ from transaksi.middleware import (
     RequestLog,
     refuse_authentication,
 )
-from transaksi.protocol import BoundedHttp
+from transaksi.protocol import MAX_CONNECTIONS, BoundedHttp
 from transaksi.stream import Stream
 
 TELEMETRY: TelemetryConfig = {
@@ -193,6 +193,7 @@ def main() -> None:
         access_log=False,  # the request log says more
         server_header=False,
         proxy_headers=False,
+        backlog=MAX_CONNECTIONS,
         timeout_keep_alive=75,  # longer than the pauses of clients and proxies
         timeout_graceful_shutdown=settings.request_timeout + 1,
     )

@@ -28,6 +28,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     unparsed = 0  # bytes since the parser last reported a whole head or a piece of a payload
     ignores_input = False
+    is_new = True  # nothing was read yet
     idle_since = 0.0  # seconds of the event loop's clock
     head_timer: asyncio.TimerHandle | None = None
     running: RequestResponseCycle | None = None  # the request that is, or was last, served
@@ -42,14 +43,15 @@ class BoundedHttp(HttpToolsProtocol):
     def drop_idle_connection(self) -> None:
         """Close the connection that has been idle for longest, maybe this new one.
 
-        Idle is a connection whose client owes us something: a head, or reading an answer.
+        Idle is a connection whose client owes us something: a head, or reading an answer. New
+        ones come last: many may be accepted at once, before the first of them is read.
         """
         if not BoundedHttp.warned:
             log.warning("connection limit reached", limit=MAX_CONNECTIONS)
             BoundedHttp.warned = True
         connections = cast(set[BoundedHttp], self.connections)
         idle = [one for one in connections if not one.running or one.running.response_started]
-        oldest = min(idle, key=lambda one: one.idle_since)
+        oldest = min(idle, key=lambda one: (one.is_new, one.idle_since))
         connections.discard(oldest)
         oldest.transport.abort()
 
@@ -65,6 +67,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self.is_new = False
         if self.ignores_input:
             return
         self.unparsed += len(data)
