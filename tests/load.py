@@ -106,13 +106,12 @@ class Bank:
         self.accounts = [self.sql.open_account(1_000_000_000) for _ in range(4)]
         self.loads: list[Load] = []
 
-    def patched(self, name: str, code: str) -> Service:
-        """Return a service that runs this code before it starts."""
+    def patched(self, code: str) -> Service:
+        """Return a service transaksi that runs this code before it starts."""
         directory = Path(mkdtemp(dir=self.directory))
         (directory / "sitecustomize.py").write_text(code)
-        options = PATIENT if name == "transaksi" else ()
         path = {"PYTHONPATH": f"{directory}:{ROOT}"}
-        return self.service(name, *options, environment=path)
+        return self.service("transaksi", *PATIENT, environment=path)
 
     def repair(self) -> None:
         """Start what does not run."""

@@ -152,7 +152,7 @@ def test_repeats_of_a_key_that_wait_together_are_posted_in_order(bank: Bank) -> 
 def test_a_full_queue_refuses_the_excess(bank: Bank) -> None:
     few = "from transaksi.app import Teller\nTeller.MAX_WAITING = 5"
 
-    with bank.patched("transaksi", few) as full, bank.queued(bank.deposits(60), full) as load:
+    with bank.patched(few) as full, bank.queued(bank.deposits(60), full) as load:
         eventually(lambda: load.statuses()[503] >= 30)
         assert load.statuses().keys() == {503}
 
@@ -181,7 +181,7 @@ record = datastore.record
 datastore.record = lambda db, rows: [record(db, rows), 1 / (rows[0]["nominal"] - 666)][0]"""
     bad, good = bank.deposits(1, nominal=666), bank.deposits(1)
 
-    with bank.patched("transaksi", bug) as service:
+    with bank.patched(bug) as service:
         assert bank.send(bad, service) == {503}
         assert bank.send(good, service) == {200}  # the process goes on
 
@@ -227,7 +227,7 @@ def test_a_batch_of_replays_commits_too(bank: Bank) -> None:
 def test_a_task_that_dies_stops_the_process(bank: Bank) -> None:
     bug = "from transaksi.stream import Stream\nStream.hand_over = None"
 
-    with bank.patched("transaksi", bug) as service:
+    with bank.patched(bug) as service:
         assert bank.send(bank.deposits(1), service) == {200}
         eventually(lambda: not service.running)
 
