@@ -574,6 +574,7 @@ def test_what_is_stored_but_not_deleted_is_redelivered_and_ignored(bank: Bank) -
     bank.stream.acl_setuser("default", enabled=True, commands=["+xdel"])
     bank.sql.audit()
 
+    eventually(lambda: len(log_lines(bank.mutasi, "mutation stored")) >= 10)
     assert len(log_lines(bank.mutasi, "mutation stored")) == 10
 
 

@@ -68,7 +68,7 @@ class NotExecuted(BankError):
 
 
 class OutcomeUnknown(BankError):
-    """Nobody can tell whether money was moved. The same key may be sent again."""
+    """Nobody can tell whether money was moved. The same key may be repeated."""
 
 
 # ---------------------------------------------------------------- rules
