@@ -315,8 +315,10 @@ def test_sql_in_a_message_is_refused(bank: Bank) -> None:
     for field, text in product(MESSAGE, SQL):
         stream.xadd("mutasi", {**MESSAGE, field: text})  # type: ignore[dict-item]
 
-    eventually(lambda: stream.xlen("mutasi:dead-letter") >= len(MESSAGE) * len(SQL))
-    letters: Any = stream.xrevrange("mutasi:dead-letter", count=len(MESSAGE) * len(SQL))
-    refused = Counter(letter[b"reason"].decode().partition(":")[0] for _, letter in letters)
-    assert refused == dict.fromkeys(MESSAGE, len(SQL))
+    def refused() -> Counter[str]:  # other tests have left letters of PostgreSQL's refusals
+        letters: Any = stream.xrange("mutasi:dead-letter")
+        reasons = (letter[b"reason"].decode().partition(":")[0] for _, letter in letters)
+        return Counter(reason for reason in reasons if reason in MESSAGE)
+
+    eventually(lambda: refused() == dict.fromkeys(MESSAGE, len(SQL)))
     bank.database.audit()
