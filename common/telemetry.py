@@ -90,6 +90,7 @@ def start_logging(service: str, level: str) -> None:
     handler.setFormatter(ProcessorFormatter(processors=[*processors, JSONRenderer(to_text)]))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
+    logging.raiseExceptions = False  # a line that cannot be written is dropped
     sys.excepthook = lambda *error: log.critical("died", exc_info=error)
 
 
