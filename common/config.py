@@ -9,7 +9,6 @@ from argparse import (
     Namespace,
 )
 from collections.abc import Callable
-from typing import TypeVar
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -37,9 +36,6 @@ class Settings(Namespace):
     redis_host: str
     redis_port: int
     log_level: str
-
-
-S = TypeVar("S", bound=Settings)
 
 
 def new_parser(service: str, description: str) -> ArgumentParser:
@@ -70,16 +66,12 @@ def new_parser(service: str, description: str) -> ArgumentParser:
     return parser
 
 
-def read_settings(parser: ArgumentParser, settings: S) -> S:
-    """Parse the arguments. Exits if one is invalid or a required secret is missing."""
+def read_settings(parser: ArgumentParser, settings: Settings) -> None:
+    """Parse the arguments into `settings`.
+
+    Exits if one is invalid or a required secret is missing.
+    """
     parser.parse_args(namespace=settings)
     for name in ("DB_USER", "DB_PASSWORD"):
         if not os.environ.get(name):
             sys.exit(f"cannot start: the environment variable {name} is missing")
-    return settings
-
-
-def development_passwords() -> list[str]:
-    """Return the names of the secrets that have the default of docker-compose.yml."""
-    names = ("DB_PASSWORD", "REDIS_PASSWORD")
-    return [name for name in names if os.environ.get(name, "").endswith("-dev")]

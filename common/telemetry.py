@@ -1,6 +1,7 @@
 """Telemetry: JSON log lines on stdout, and helpers for OpenTelemetry traces."""
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from structlog.contextvars import merge_contextvars
 from structlog.processors import JSONRenderer
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
+
+from common.config import Settings
 
 log: FilteringBoundLogger = structlog.get_logger()
 tracer = trace.get_tracer(__name__)
@@ -64,7 +67,7 @@ def to_text(event: EventDict, **options: Any) -> str:
     return orjson.dumps(event, **options).decode()
 
 
-def start_logging(service: str, level: str) -> None:
+def start_logging(service: str, settings: Settings) -> None:
     """Log everything, libraries included, to stdout: one JSON object a line."""
 
     def order_fields(_: Any, method: str, event: EventDict) -> EventDict:
@@ -80,7 +83,7 @@ def start_logging(service: str, level: str) -> None:
     processors: list[Processor] = [merge_contextvars, add_trace, format_error, order_fields]
     structlog.configure(
         processors=[*processors, JSONRenderer(orjson.dumps)],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
         logger_factory=structlog.BytesLoggerFactory(Stdout()),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
@@ -88,10 +91,14 @@ def start_logging(service: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stdout)
     processors.insert(0, ProcessorFormatter.remove_processors_meta)
     handler.setFormatter(ProcessorFormatter(processors=[*processors, JSONRenderer(to_text)]))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     logging.raiseExceptions = False  # a line that cannot be written is dropped
     sys.excepthook = lambda *error: log.critical("died", exc_info=error)
+    log.info("starting", **vars(settings))
+    for name in ("DB_PASSWORD", "REDIS_PASSWORD"):
+        if os.environ.get(name, "").endswith("-dev"):
+            log.warning("development password in use", variable=name)
 
 
 def error_summary(error: Exception) -> str:

@@ -3,24 +3,16 @@
 import signal
 from threading import Event
 
-from common.config import (
-    Settings,
-    development_passwords,
-    new_parser,
-    read_settings,
-)
+from common.config import Settings, new_parser, read_settings
 from common.connections import open_engine, open_redis
 from common.telemetry import log, start_logging
 from mutasi.api import consume
 
 
 def main() -> None:
-    parser = new_parser("mutasi", "Books every accepted movement once.")
-    settings = read_settings(parser, Settings())
-    start_logging("mutasi", settings.log_level)
-    log.info("starting", **vars(settings))
-    for name in development_passwords():
-        log.warning("development password in use", variable=name)
+    settings = Settings()
+    read_settings(new_parser("mutasi", "Books every accepted movement once."), settings)
+    start_logging("mutasi", settings)
     stopping = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

@@ -21,20 +21,23 @@ BATCH = 1000
 BLOCK_MS = 500
 
 
-class LifeSign:
-    """A file that the health check looks at. It lies in a directory of this process's own."""
+class HealthFile:
+    """A file that shows when both servers were last reached, in a directory of its own."""
 
-    path: Path | None = None
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._failed = False
 
     def touch(self) -> None:
-        """Show that PostgreSQL and Redis were just reached. A failure is logged once."""
+        """Touch the file. A failure is logged once, and harms nothing but the health check."""
         try:
-            if self.path is None:
-                self.path = Path(tempfile.mkdtemp(prefix="mutasi-"), "alive")
-            self.path.touch()
+            self._path = self._path or Path(tempfile.mkdtemp(prefix="mutasi-"), "alive")
+            self._path.touch()
+            self._failed = False
         except OSError as error:
-            log.warning("no health file", reason=str(error))
-            self.touch = lambda: None  # type: ignore[method-assign]
+            if not self._failed:
+                log.warning("no health file", reason=str(error))
+            self._failed = True
 
 
 def consume(engine: Engine, redis: Redis, stopping: Event) -> None:
@@ -44,14 +47,14 @@ def consume(engine: Engine, redis: Redis, stopping: Event) -> None:
     still in the stream.
     """
     pause_s = 0.0
-    life_sign = LifeSign()
+    health_file = HealthFile()
     while not stopping.wait(pause_s):
         try:
             if messages := read_messages(redis):
                 process(engine, redis, messages)
             else:
                 datastore.ping(engine)
-            life_sign.touch()
+            health_file.touch()
             pause_s = 0.0
         except Exception:
             log.exception("processing failed")

@@ -105,16 +105,19 @@ def test_account_of_another_customer_is_unknown() -> None:
         app.check_owner(BUDI, SITI)
 
 
-@pytest.mark.parametrize(("taken", "error"), [(False, app.NotExecuted), (True, app.OutcomeUnknown)])
-def test_timeout_is_unknown_once_the_teller_has_it(taken: bool, error: type[BankError]) -> None:
-    async def submit() -> None:
+@pytest.mark.parametrize(("taken", "error"), [(False, TimeoutError), (True, app.OutcomeUnknown)])
+def test_timeout_is_unknown_once_the_teller_has_it(taken: bool, error: type[Exception]) -> None:
+    async def submit(teller: Teller) -> None:
+        async with asyncio.timeout(0.05):
+            await teller.submit(Movement("tabung", BUDI, 1))
+
+    async def time_out() -> None:
         teller = Teller(NONE, print)
-        app.deadline.set(asyncio.get_running_loop().time() + 0.05)
-        request = asyncio.create_task(teller.submit(Movement("tabung", BUDI, 1)))
+        request = asyncio.create_task(submit(teller))
         await asyncio.sleep(0)
         if taken:
             await teller._next_batch()
         with pytest.raises(error):
             await request
 
-    asyncio.run(submit())
+    asyncio.run(time_out())

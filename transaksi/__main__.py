@@ -19,14 +19,7 @@ from sqlalchemy import Engine
 from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
 
-from common.config import (
-    PORT,
-    Settings,
-    development_passwords,
-    int_range,
-    new_parser,
-    read_settings,
-)
+from common.config import PORT, Settings, int_range, new_parser, read_settings
 from common.connections import open_redis
 from common.stream import DEAD_LETTERS, STREAM
 from common.telemetry import add_gauge, log, start_logging
@@ -176,11 +169,9 @@ def new_transaksi_parser() -> ArgumentParser:
 
 
 def main() -> None:
-    settings = read_settings(new_transaksi_parser(), TransaksiSettings())
-    start_logging("transaksi", settings.log_level)
-    log.info("starting", **vars(settings))
-    for name in development_passwords():
-        log.warning("development password in use", variable=name)
+    settings = TransaksiSettings()
+    read_settings(new_transaksi_parser(), settings)
+    start_logging("transaksi", settings)
     app = create_app(settings)
     BoundedHttp.head_timeout_s = settings.request_timeout
     config = uvicorn.Config(

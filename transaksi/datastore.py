@@ -15,28 +15,24 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 from sqlalchemy import (
     ARRAY,
     BigInteger,
-    ColumnClause,
+    ColumnElement,
     Connection,
     Engine,
     ForeignKey,
     Identity,
     RowMapping,
-    Select,
     Text,
     any_,
     bindparam,
     case,
-    column,
     func,
     insert,
-    literal,
     not_,
     or_,
     select,
     tuple_,
     update,
 )
-from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from common.config import Settings
@@ -155,49 +151,39 @@ FIND_BY_KEYS = select(*Transaksi.__table__.c).where(
     tuple_(Transaksi.no_rekening, Transaksi.idempotency_key).in_(bindparam("keys", expanding=True))
 )
 
-# What a new journal row is made of; PostgreSQL adds the rest.
-NEW_ROW = [one for one in Transaksi.__table__.c if one.name not in ("id", "tanggal_transaksi")]
 
+def unnest(name: str, column_type: Any) -> ColumnElement[Any]:
+    """Return the elements of an array parameter as rows.
 
-def record_statement() -> Select[*tuple[Any, ...]]:
-    """Return the one statement that writes journal, outbox and balances.
-
-    Movements come as one array parameter a column, named like it with "_array". Unlike a list
-    of VALUES, this is the same statement for a batch of any size.
+    A batch of any size is the same statement then, unlike with a list of VALUES. Several are
+    read in step: https://www.postgresql.org/docs/18/xfunc-sql.html
     """
-    arrays = [bindparam(f"{one.name}_array", type_=ARRAY(one.type)) for one in NEW_ROW]
-    names: list[ColumnClause[Any]] = [column(one.name) for one in NEW_ROW]
-    new = func.unnest(*arrays).table_valued(*names, with_ordinality="position").render_derived()
+    return func.unnest(bindparam(name, type_=ARRAY(column_type)))
 
-    # The journal. The ids follow the order of the arrays.
-    rows = select(*[new.c[one.name] for one in NEW_ROW]).order_by(new.c.position)
-    insert_journal = insert(Transaksi).from_select([one.name for one in NEW_ROW], rows)
-    journal = insert_journal.returning(*Transaksi.__table__.c).cte("journal")
 
-    # The outbox.
-    insert_outbox = insert(Outbox).from_select(["id_transaksi"], select(journal.c.id))
-
-    # The balances: the last movement of each account has the new one.
-    last = (
-        select(journal.c.no_rekening, journal.c.saldo_akhir)
-        .ext(distinct_on(journal.c.no_rekening))
-        .order_by(journal.c.no_rekening, journal.c.id.desc())
-        .subquery("last")
+# The columns of a new journal row that PostgreSQL does not fill in itself.
+NEW_ROW = [one for one in Transaksi.__table__.c if one.name not in ("id", "tanggal_transaksi")]
+INSERT_JOURNAL = (
+    insert(Transaksi)
+    .from_select(
+        [one.name for one in NEW_ROW],
+        select(*[unnest(f"{one.name}_array", one.type) for one in NEW_ROW]),
     )
-    update_balances = (
-        update(Rekening)
-        .where(Rekening.no_rekening == last.c.no_rekening)
-        .values(saldo=last.c.saldo_akhir)
-    )
-
-    parts = (
-        insert_outbox.cte("insert_outbox"),
-        update_balances.cte("update_balances"),
-    )
-    return select(journal).add_cte(*parts).order_by(journal.c.id)
-
-
-RECORD = record_statement()
+    .returning(*Transaksi.__table__.c)
+)
+INSERT_OUTBOX = insert(Outbox).from_select(
+    [Outbox.id_transaksi],
+    select(unnest("ids", BigInteger)),
+)
+NEW_BALANCES = select(
+    unnest("accounts", Text).label("no_rekening"),
+    unnest("balances", BigInteger).label("saldo"),
+).subquery()
+UPDATE_BALANCES = (
+    update(Rekening)
+    .where(Rekening.no_rekening == NEW_BALANCES.c.no_rekening)
+    .values(saldo=NEW_BALANCES.c.saldo)
+)
 
 
 def lock_balances(connection: Connection, accounts: Collection[str]) -> dict[str, int]:
@@ -225,9 +211,15 @@ def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> Se
     """
     if not movements:
         return []
-    names = [one.name for one in NEW_ROW]
-    arrays = {f"{name}_array": [movement[name] for movement in movements] for name in names}
-    return connection.execute(RECORD, arrays).mappings().all()
+    columns = {f"{one.name}_array": [row[one.name] for row in movements] for one in NEW_ROW}
+    journal = connection.execute(INSERT_JOURNAL, columns).mappings().all()
+    connection.execute(INSERT_OUTBOX, {"ids": [row["id"] for row in journal]})
+    balances = {row["no_rekening"]: row["saldo_akhir"] for row in journal}  # the last one counts
+    connection.execute(
+        UPDATE_BALANCES,
+        {"accounts": list(balances), "balances": list(balances.values())},
+    )
+    return journal
 
 
 # ---------------------------------------------------------------- reads
@@ -322,9 +314,8 @@ def outbox_age(engine: Engine) -> float:
 
     A time ahead of now, from a clock that was wrong, counts as an age, too.
     """
-    oldest = select(func.min(Outbox.id_transaksi)).scalar_subquery()
     age = func.extract("epoch", func.clock_timestamp() - Transaksi.tanggal_transaksi)
-    statement = select(func.abs(age)).where(Transaksi.id == oldest)
+    statement = select(func.abs(age)).join(Outbox).order_by(Outbox.id_transaksi).limit(1)
     with engine.connect() as connection:
         return float(connection.scalar(statement) or 0)
 
@@ -343,11 +334,13 @@ def claim_lost(engine: Engine, after_s: float, limit: int) -> Sequence[RowMappin
         .order_by(Outbox.id_transaksi)
         .limit(limit)
         .with_for_update(skip_locked=True)
+        .cte("lost")
     )
-    journal = select(*Transaksi.__table__.c).order_by(Transaksi.id)
+    claim = (
+        update(Outbox)
+        .where(Outbox.id_transaksi == lost.c.id_transaksi, Transaksi.id == lost.c.id_transaksi)
+        .values(dikirim_pada=now)
+        .returning(*Transaksi.__table__.c)
+    )
     with engine.begin() as connection:
-        ids = literal(connection.scalars(lost).all(), ARRAY(BigInteger))
-        connection.execute(
-            update(Outbox).where(Outbox.id_transaksi == any_(ids)).values(dikirim_pada=now)
-        )
-        return connection.execute(journal.where(Transaksi.id == any_(ids))).mappings().all()
+        return connection.execute(claim).mappings().all()
