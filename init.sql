@@ -64,7 +64,7 @@ CREATE UNIQUE INDEX transaksi_idempotency_key ON transaksi (no_rekening, idempot
 -- The outbox: movements that are not booked yet, written in the movement's own transaction.
 CREATE TABLE outbox (
     id_transaksi bigint PRIMARY KEY REFERENCES transaksi,
-    dikirim_pada timestamptz NOT NULL DEFAULT clock_timestamp()  -- when it was last sent
+    dikirim_pada timestamptz NOT NULL DEFAULT clock_timestamp()  -- when it was written or resent
 ) WITH (  -- small but changed all the time
     autovacuum_vacuum_scale_factor = 0,
     autovacuum_vacuum_threshold = 1000

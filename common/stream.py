@@ -14,6 +14,7 @@ DEAD_LETTERS = f"{STREAM}:dead-letter"
 MAX_NOMINAL = 1_000_000_000_000
 
 JenisTransaksi = Literal["tabung", "tarik"]
+NoRekening = Annotated[str, Field(pattern="^[0-9]{10,16}$")]
 
 
 def parse_int(value: int | str) -> int:
@@ -42,7 +43,7 @@ class MutationRequest(BaseModel):
 
     id_transaksi: Annotated[int, BeforeValidator(parse_int), Field(lt=2**63)]
     tanggal_transaksi: Annotated[datetime, BeforeValidator(parse_time)]
-    no_rekening: str = Field(pattern="^[0-9]{10,16}$")
+    no_rekening: NoRekening
     jenis_transaksi: JenisTransaksi
     nominal: Annotated[int, BeforeValidator(parse_int), Field(le=MAX_NOMINAL)]
     traceparent: str | None = Field(None, pattern="^[0-9a-f-]{55}$")

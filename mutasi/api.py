@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from common.stream import DEAD_LETTERS, STREAM
 from common.telemetry import log
 from mutasi import datastore
-from mutasi.app import Message, store
+from mutasi.app import Message, book_messages
 
 MAX_DEAD_LETTERS = 10_000
 BATCH = 1000
@@ -63,13 +63,13 @@ def consume(engine: Engine, redis: Redis, stopping: Event) -> None:
 
 
 def process(engine: Engine, redis: Redis, messages: Sequence[Message]) -> None:
-    """Store messages, delete them from the stream, then move the bad ones aside.
+    """Book messages, delete them from the stream, then move the bad ones aside.
 
     In this order, because in a full Redis only the deletion makes room for dead letters.
     After a crash in between, messages are redelivered and ignored as duplicates.
     """
-    bad = store(engine, messages)
-    if stored := [message.entry for message in messages if message not in bad]:
+    bad = book_messages(engine, messages)
+    if stored := [message.entry_id for message in messages if message not in bad]:
         redis.xdel(STREAM, *stored)
     for message, reason in bad.items():
         move_to_dead_letters(redis, message, reason)
@@ -82,7 +82,7 @@ def read_messages(redis: Redis) -> list[Message]:
     Always from 0: what was processed is deleted, so an entry that is still there was not.
     """
     reply: Any = redis.xread({STREAM: 0}, count=BATCH, block=BLOCK_MS)
-    return [Message(entry, fields) for _, entries in reply for entry, fields in entries]
+    return [Message(entry_id, fields) for _, entries in reply for entry_id, fields in entries]
 
 
 def move_to_dead_letters(redis: Redis, message: Message, reason: str) -> None:
@@ -93,16 +93,16 @@ def move_to_dead_letters(redis: Redis, message: Message, reason: str) -> None:
     """
     letter: dict[Any, Any] = message.fields | {
         b"reason": reason,
-        b"entry": message.entry,
+        b"entry": message.entry_id,
     }
     kept = False
     with suppress(ResponseError):
         redis.xadd(DEAD_LETTERS, letter, maxlen=MAX_DEAD_LETTERS)
         kept = True
-    redis.xdel(STREAM, message.entry)
+    redis.xdel(STREAM, message.entry_id)
     log.error(
         "bad message",
-        entry=message.entry.decode(),
+        entry=message.entry_id.decode(),
         reason=reason,
         dead_letter=kept,
     )

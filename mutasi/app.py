@@ -1,7 +1,7 @@
 """Business logic: book each movement once, and tell bad messages from good ones."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Engine, RowMapping
@@ -17,14 +17,14 @@ from mutasi import datastore
 class Message:
     """A stream entry: its id, and its fields as they came."""
 
-    entry: bytes
+    entry_id: bytes
     fields: dict[bytes, bytes]
 
 
-def store(engine: Engine, messages: Iterable[Message]) -> dict[Message, str]:
+def book_messages(engine: Engine, messages: Iterable[Message]) -> dict[Message, str]:
     """Book the movements of the good messages. Returns the bad ones, each with the reason.
 
-    Raises DBAPIError if the database is unavailable; then the messages can be stored again.
+    Raises DBAPIError if the database is unavailable; then the messages can be booked again.
     """
     good: dict[Message, MutationRequest] = {}
     bad: dict[Message, str] = {}
@@ -33,27 +33,28 @@ def store(engine: Engine, messages: Iterable[Message]) -> dict[Message, str]:
             good[message] = MutationRequest.from_entry(message.fields)
         except ValueError as error:
             bad[message] = parse_error(error)
+    return bad | book_good(engine, good)
+
+
+def book_good(engine: Engine, good: Mapping[Message, MutationRequest]) -> dict[Message, str]:
+    """Book movements in one transaction. Returns those that the database refuses.
+
+    If it refuses the data, each is booked in its own transaction, so that only the bad ones
+    fail.
+    """
     try:
         book(engine, list(good.values()))
     except DBAPIError as error:
         if not is_data_error(error):
             raise
-        # Each in its own transaction, so that only the bad ones fail.
-        for message, request in good.items():
-            if reason := book_alone(engine, request):
-                bad[message] = reason
+        if len(good) == 1:
+            return dict.fromkeys(good, error_summary(error))
+    else:
+        return {}
+    bad: dict[Message, str] = {}
+    for message, request in good.items():
+        bad |= book_good(engine, {message: request})
     return bad
-
-
-def book_alone(engine: Engine, request: MutationRequest) -> str | None:
-    """Book one movement. Returns why the database refuses its data, None if it does not."""
-    try:
-        book(engine, [request])
-    except DBAPIError as error:
-        if not is_data_error(error):
-            raise
-        return error_summary(error)
-    return None
 
 
 def book(engine: Engine, requests: Sequence[MutationRequest]) -> None:

@@ -52,7 +52,7 @@ def one_by_one(m: Movement, balances: dict[str, int], made: Made) -> object:
     return balance, False
 
 
-def outcome(result: Receipt | BankError | None) -> object:
+def outcome(result: Receipt | BankError) -> object:
     if isinstance(result, Receipt):
         return result.saldo, result.replayed
     return type(result).__name__
@@ -85,9 +85,10 @@ def test_batches_decide_what_would_be_decided_one_by_one(
         posted: list[Pending] = []
         while teller.waiting():
             batch = await asyncio.wait_for(teller._next_batch(), 10)
-            app.decide(NONE, batch)
-            expected = [one_by_one(pending.movement, balances, made) for pending in batch]
-            assert [outcome(pending.result) for pending in batch] == expected
+            movements = [pending.movement for pending in batch]
+            outcomes = app.decide(NONE, movements).outcomes
+            expected = [one_by_one(movement, balances, made) for movement in movements]
+            assert [outcome(outcomes[movement]) for movement in movements] == expected
             posted += batch
 
         assert books.balances == balances

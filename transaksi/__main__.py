@@ -137,34 +137,16 @@ def stop_if_failed(task: asyncio.Task[None]) -> None:
 def new_transaksi_parser() -> ArgumentParser:
     parser = new_parser("transaksi", "Deposits and withdrawals over HTTP.")
 
-    def add(name: str, default: int, low: int, high: int, text: str) -> None:
-        parser.add_argument(name, default=default, type=int_range(low, high), help=text)
-
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", default=8000, type=PORT, help="port to listen on")
-    add(
-        "--auth-cache-ttl",
-        300,
-        0,
-        3600,
-        "seconds a correct PIN is cached, 0 = not at all",
-    )
-    add(
-        "--max-pin-failures",
-        5,
-        3,
-        10**6,
-        "PIN failures in a row that lock an account",
-    )
-    add("--lock-minutes", 15, 1, 10**4, "minutes an account stays locked")
-    add("--request-timeout", 5, 1, 60, "request timeout in seconds")
-    add(
-        "--resend-after",
-        10,
-        1,
-        3600,
-        "N: a movement not booked after 2N seconds is resent",
-    )
+    for name, default, low, high, text in (
+        ("--auth-cache-ttl", 300, 0, 3600, "seconds a correct PIN is cached, 0 = not at all"),
+        ("--max-pin-failures", 5, 3, 10**6, "PIN failures in a row that lock an account"),
+        ("--lock-minutes", 15, 1, 10**4, "minutes an account stays locked"),
+        ("--request-timeout", 5, 1, 60, "request timeout in seconds"),
+        ("--resend-after", 10, 1, 3600, "N: a movement not booked after 2N seconds is resent"),
+    ):
+        parser.add_argument(name, default=default, type=int_range(low, high), help=text)
     return parser
 
 

@@ -62,6 +62,10 @@ class NotExecuted(BankError):
     """The bank could not do it now. No money was moved."""
 
 
+class DataRefused(NotExecuted):
+    """PostgreSQL refuses the data of a movement, for example by a constraint that was added."""
+
+
 class OutcomeUnknown(BankError):
     """Nobody can tell whether money was moved. The same key may be repeated."""
 
@@ -141,7 +145,14 @@ class Pending:
     movement: Movement
     future: asyncio.Future[Receipt]
     taken: bool = False  # from then on, only the database knows the outcome
-    result: Receipt | BankError | None = None  # set in the teller's thread
+
+
+@dataclass(frozen=True)
+class Posted:
+    """What became of a batch: an outcome for each movement, and the new journal rows."""
+
+    outcomes: dict[Movement, Receipt | BankError]
+    journal: list[RowMapping]
 
 
 class Teller:
@@ -157,7 +168,7 @@ class Teller:
     def __init__(
         self,
         database: Database,
-        on_commit: Callable[[Sequence[RowMapping]], None],
+        on_commit: Callable[[list[RowMapping]], None],
     ) -> None:
         self._database = database
         self._on_commit = on_commit
@@ -189,15 +200,17 @@ class Teller:
         """Post batches until cancelled."""
         while True:
             batch = await self._next_batch()
-            journal = await self._database.run(post_batch, batch)
+            movements = [pending.movement for pending in batch]
+            posted = await self._database.run(post_batch, movements)
             for pending in batch:
+                outcome = posted.outcomes[pending.movement]
                 if pending.future.done():  # its request has timed out
                     continue
-                if isinstance(pending.result, Receipt):
-                    pending.future.set_result(pending.result)
+                if isinstance(outcome, Receipt):
+                    pending.future.set_result(outcome)
                 else:
-                    pending.future.set_exception(pending.result or OutcomeUnknown())
-            self._on_commit(journal)
+                    pending.future.set_exception(outcome)
+            self._on_commit(posted.journal)
 
     async def _next_batch(self) -> list[Pending]:
         """Take what waits, at most one movement for each key.
@@ -224,67 +237,78 @@ class Teller:
         return batch
 
 
-def post_batch(engine: Engine, batch: Sequence[Pending]) -> Sequence[RowMapping]:
-    """Post movements, and set their results. Returns the journal rows of the accepted ones.
+def post_batch(engine: Engine, movements: Sequence[Movement]) -> Posted:
+    """Post movements in one transaction.
 
     If the database refuses the data, each is posted in its own transaction, so that only the
     bad one fails.
     """
     try:
-        return post(engine, batch)
+        return post(engine, movements)
     except BankError as error:
-        if len(batch) > 1 and isinstance(error, NotExecuted) and is_data_error(error.__cause__):
-            return [row for pending in batch for row in post_batch(engine, [pending])]
-        for pending in batch:
-            pending.result = error
-        return []
+        if not isinstance(error, DataRefused) or len(movements) == 1:
+            return Posted(dict.fromkeys(movements, error), [])
+    posted = Posted({}, [])
+    for movement in movements:
+        alone = post_batch(engine, [movement])
+        posted.outcomes.update(alone.outcomes)
+        posted.journal.extend(alone.journal)
+    return posted
 
 
-def post(engine: Engine, batch: Sequence[Pending]) -> Sequence[RowMapping]:
+def post(engine: Engine, movements: Sequence[Movement]) -> Posted:
     """Post movements in one transaction, in the order of their arrival.
 
-    It commits even if all are replays or refused: a replayed answer must be as durable as
-    the first, and a commit waits for a synchronous standby. Any error before the commit
-    raises NotExecuted, any error from then on OutcomeUnknown.
+    It commits even if none is accepted: a replayed answer may be sent only once the earlier
+    commit has reached the standby, and a commit waits for that.
+
+    Raises NotExecuted for any error before the commit, DataRefused if the database refuses
+    the data, and OutcomeUnknown for any error from the commit on.
     """
     failure: type[BankError] = NotExecuted
     try:
         with engine.connect() as connection:
-            journal = decide(connection, batch)
+            posted = decide(connection, movements)
             failure = OutcomeUnknown
             connection.commit()
-            return journal
+            return posted
     except Exception as error:
-        if not isinstance(error, DBAPIError):
-            log.exception("unexpected error")
-        raise failure(error_summary(error)) from error
+        if failure is NotExecuted and is_data_error(error):
+            failure = DataRefused
+        raise failure(reason_of(error)) from error
 
 
-def decide(connection: Connection, batch: Sequence[Pending]) -> Sequence[RowMapping]:
+def decide(connection: Connection, movements: Sequence[Movement]) -> Posted:
     """Apply the rules to movements, and record the accepted ones."""
-    movements = [pending.movement for pending in batch]
     balances = datastore.lock_balances(connection, {m.no_rekening for m in movements})
     earlier = datastore.find_by_keys(connection, [m.key for m in movements if m.key])
-    accepted: list[Pending] = []
+    outcomes: dict[Movement, Receipt | BankError] = {}
+    accepted: list[Movement] = []
     rows: list[dict[str, Any]] = []
-    for pending in batch:
-        movement = pending.movement
+    for movement in movements:
         key = movement.key
         try:
             if key and key in earlier:
-                pending.result = replay(movement, earlier[key])
+                outcomes[movement] = replay(movement, earlier[key])
                 continue
             saldo = balance_after(movement, balances)
         except BankError as refusal:
-            pending.result = refusal
+            outcomes[movement] = refusal
             continue
         balances[movement.no_rekening] = saldo
-        accepted.append(pending)
+        accepted.append(movement)
         rows.append(vars(movement) | {"saldo_akhir": saldo})
     journal = datastore.record(connection, rows)
-    for pending, row in zip(accepted, journal, strict=True):
-        pending.result = Receipt(row["id"], row["saldo_akhir"], replayed=False)
-    return journal
+    for movement, row in zip(accepted, journal, strict=True):
+        outcomes[movement] = Receipt(row["id"], row["saldo_akhir"], replayed=False)
+    return Posted(outcomes, journal)
+
+
+def reason_of(error: Exception) -> str:
+    """Say why a call of the database failed. Anything but a DBAPIError is logged: it is a bug."""
+    if not isinstance(error, DBAPIError):
+        log.exception("unexpected error")
+    return error_summary(error)
 
 
 # ---------------------------------------------------------------- the PIN check
@@ -418,6 +442,4 @@ async def executed(call: Awaitable[T]) -> T:
     except BankError:
         raise
     except Exception as error:
-        if not isinstance(error, DBAPIError):
-            log.exception("unexpected error")
-        raise NotExecuted(error_summary(error)) from error
+        raise NotExecuted(reason_of(error)) from error

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import (
@@ -153,10 +154,10 @@ FIND_BY_KEYS = select(*Transaksi.__table__.c).where(
 
 
 def unnest(name: str, column_type: Any) -> ColumnElement[Any]:
-    """Return the elements of an array parameter as rows.
+    """Return the elements of an array parameter as rows, one array for each column.
 
-    A batch of any size is the same statement then, unlike with a list of VALUES. Several are
-    read in step: https://www.postgresql.org/docs/18/xfunc-sql.html
+    So a batch of any size is the same statement, unlike with a list of VALUES.
+    https://www.postgresql.org/docs/18/xfunc-sql.html: several in one SELECT are read in step.
     """
     return func.unnest(bindparam(name, type_=ARRAY(column_type)))
 
@@ -195,8 +196,8 @@ def lock_balances(connection: Connection, accounts: Collection[str]) -> dict[str
 def find_by_keys(connection: Connection, keys: Collection[Key]) -> dict[Key, RowMapping]:
     """Find earlier movements by account and idempotency key.
 
-    A statement of its own, after the lock: its snapshot includes what the previous lock
-    holder committed.
+    It must follow the lock as a statement of its own: only then does it see the keys that
+    the previous holder of the lock committed.
     """
     if not keys:
         return {}
@@ -204,17 +205,18 @@ def find_by_keys(connection: Connection, keys: Collection[Key]) -> dict[Key, Row
     return {(row["no_rekening"], row["idempotency_key"]): row for row in rows}
 
 
-def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> Sequence[RowMapping]:
+def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> list[RowMapping]:
     """Write movements to the journal, the outbox and the balances.
 
     Returns their journal rows in the same order.
     """
     if not movements:
         return []
-    columns = {f"{one.name}_array": [row[one.name] for row in movements] for one in NEW_ROW}
-    journal = connection.execute(INSERT_JOURNAL, columns).mappings().all()
+    arrays = {f"{one.name}_array": [row[one.name] for row in movements] for one in NEW_ROW}
+    rows = connection.execute(INSERT_JOURNAL, arrays).mappings()
+    journal = sorted(rows, key=itemgetter("id"))  # ids follow the arrays, RETURNING need not
     connection.execute(INSERT_OUTBOX, {"ids": [row["id"] for row in journal]})
-    balances = {row["no_rekening"]: row["saldo_akhir"] for row in journal}  # the last one counts
+    balances = {row["no_rekening"]: row["saldo_akhir"] for row in movements}  # the last counts
     connection.execute(
         UPDATE_BALANCES,
         {"accounts": list(balances), "balances": list(balances.values())},
@@ -269,7 +271,7 @@ def count_attempt(
     """Count a PIN attempt before checking it. The last allowed one locks the account.
 
     Returns `pin_hash` and the count `pin_gagal`, or None for an unknown or locked account. A
-    lock that ends later than one made now was made by a wrong clock, and is over.
+    lock cannot end later than one made now, unless a clock was wrong: then it is ignored.
     """
     now = func.clock_timestamp()
     lock_end = now + timedelta(minutes=lock_minutes)

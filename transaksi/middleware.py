@@ -56,9 +56,10 @@ class RequestLog:
         # No account number and no PIN in the path.
         path = re.sub("[0-9]{6,}", "*", scope["path"][:100])
         bind_contextvars(method=scope["method"], path=path)
-        answer = Answer(send, arrived)
+        timeout = asyncio.timeout(self._timeout_s)
+        answer = Answer(send, arrived, timeout)
         try:
-            async with asyncio.timeout(self._timeout_s) as answer.timeout:
+            async with timeout:
                 await self._app(simplify(scope), receive, answer)
         except (TimeoutError, asyncio.CancelledError):  # cancelled because the service stops
             await answer.fail(NotExecuted("timeout"), scope, receive)
@@ -73,19 +74,19 @@ class RequestLog:
 class Answer:
     """Sends the answer to a request, and knows its status. Delays a 401."""
 
-    def __init__(self, send: Send, arrived: float) -> None:
+    def __init__(self, send: Send, arrived: float, timeout: asyncio.Timeout) -> None:
         self.status = 0  # until the answer starts
-        self.timeout: asyncio.Timeout
         self._send = send
         self._arrived = arrived
+        self._timeout = timeout
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             if message["status"] == 401:
                 await asyncio.sleep(self._arrived + MIN_401_S - now())
             self.status = message["status"]
-            if not self.timeout.expired():
-                self.timeout.reschedule(None)  # reading the answer may take the client longer
+            if not self._timeout.expired():  # otherwise this answers OutcomeUnknown
+                self._timeout.reschedule(None)  # reading the answer may take the client longer
             span = trace.get_current_span()
             if span.is_recording():
                 span.set_attributes(get_contextvars())

@@ -90,7 +90,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_head_timeout(self) -> None:
         if self.running and not self.running.response_complete:
-            self.expect_head()  # of the next request, while one is served
+            self.expect_head()  # a request is being served: wait for the next head
         else:
             self.transport.close()
 
@@ -119,7 +119,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.running and not self.running.response_complete:
-            # This would be taken for its answer.
+            # The client would take a 400 for the answer to that request.
             self.transport.close()
         else:
             super().send_400_response(msg)

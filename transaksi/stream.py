@@ -94,10 +94,10 @@ class Stream:
     def _resend_lost(self, engine: Engine) -> int:
         """Resend movements that were lost. Returns how many.
 
-        If the stream is empty or its oldest entry is young, no entry is merely delayed, so a
-        row that was sent long ago and is not booked must have been lost. It is marked as sent
-        before it is sent: no row lock is held while waiting for Redis, and a failure to send
-        it is a loss like any other.
+        Service mutasi reads the oldest entries first. If the oldest one is older than
+        `resend_after_s`, mutasi is behind, and nothing is resent. Otherwise everything sent
+        twice as long ago was read or lost; if it is not booked, it was lost. It is marked as
+        sent before it is sent, so that no row lock is held while waiting for Redis.
         """
         self._report_age(datastore.outbox_age(engine))
         now_s, _ = self._redis.time()  # ids of entries begin with their time in milliseconds
