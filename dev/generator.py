@@ -1,51 +1,42 @@
-"""The load generator of the benchmark: raw sockets in a process of its own.
+"""The load generator of the benchmark: a thread and a raw socket per connection.
 
-What it uses of the CPU, the services lack, so it has neither an HTTP library nor asyncio.
+The services lack the CPU it uses, so it has no HTTP library.
 """
 
-import selectors
 import socket
 import time
 from base64 import b64encode
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from itertools import cycle
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, cycle, islice
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dev.local import HOST, PIN
 
 Figure = dict[str, float]
+Answer = tuple[bytes, float, float]  # its text, when its request was sent, when it came
 
 
 class Load(NamedTuple):
-    """Requests sent in turn over some connections, for some time or each once."""
+    """Requests that some connections, spread over the ports, send in turn."""
 
-    port: int
+    ports: Sequence[int]
     requests: Sequence[bytes]
-    connections: int
-    seconds: float = inf  # inf: each request once
-    statuses: tuple[bytes, ...] = (b"200",)  # those that may come back
+    connections: int = 64
+    seconds: float = 2  # inf: each request once
+    statuses: Sequence[bytes] = (b"200",)  # those that may come back
     rate: float = inf  # requests per second
 
 
-class Answer(NamedTuple):
-    """The text of an answer, and when its request was sent and it was received."""
-
-    text: bytes
-    sent: float
-    received: float
-
-
 def http(path: str, no_rekening: str, pin: str = PIN) -> bytes:
-    """Return a whole request: to /tabung a POST of 1,000 rupiah, otherwise a GET."""
+    """Return a whole request: a GET of /saldo or /mutasi, otherwise a POST of 1,000 rupiah."""
+    method = "GET" if path in ("/saldo", "/mutasi") else "POST"
+    body = f'{{"no_rekening": "{no_rekening}", "nominal": 1000}}' if method == "POST" else ""
     credentials = b64encode(f"{no_rekening}:{pin}".encode()).decode()
-    body = f'{{"no_rekening": "{no_rekening}", "nominal": 1000}}' if path == "/tabung" else ""
     return (
-        f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: {HOST}\r\n"
-        f"Authorization: Basic {credentials}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n{body}"
+        f"{method} {path} HTTP/1.1\r\nHost: {HOST}\r\nAuthorization: Basic {credentials}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
     ).encode()
 
 
@@ -57,41 +48,35 @@ def percentiles(seconds: Iterable[float]) -> Figure:
 def measure(load: Load) -> Figure:
     """Send a load and return its figure."""
     answers = send(load)
-    seconds = max(answer.received for answer in answers) - answers[0].sent
+    seconds = max(came for _, _, came in answers) - min(sent for _, sent, _ in answers)
     figure = {"count": len(answers), "per second": len(answers) / seconds}
-    return figure | percentiles(answer.received - answer.sent for answer in answers)
+    return figure | percentiles(came - sent for _, sent, came in answers)
 
 
 def send(load: Load) -> list[Answer]:
     """Send a load. Returns its answers."""
-    todo = iter(load.requests if load.seconds == inf else cycle(load.requests))
-    busy: dict[Any, float] = {}  # connection -> when its request was sent
-    parts: dict[Any, bytes] = defaultdict(bytes)
     answers: list[Answer] = []
-    with ExitStack() as stack, selectors.DefaultSelector() as selector:
-        idle = []
-        for _ in range(load.connections):
-            idle.append(stack.enter_context(socket.create_connection((HOST, load.port))))
-            selector.register(idle[-1], selectors.EVENT_READ)
-        now = due = time.monotonic()
-        end = now + load.seconds
-        while True:
-            while idle and due <= now < end and (request := next(todo, None)):
-                busy[idle[-1]] = time.monotonic()
-                idle.pop().sendall(request)
-                due += 1 / load.rate
-            pausing = load.rate < inf and idle and now < end
-            if not busy and not pausing:
-                break
-            for key, _ in selector.select(max(0, due - now) if pausing else 1):
-                source: Any = key.fileobj
-                parts[source] = text = parts[source] + source.recv(65_536)
-                if text.endswith(b"}") and text.count(b"{") == text.count(b"}"):  # all of the JSON
-                    answers.append(Answer(parts.pop(source), busy.pop(source), time.monotonic()))
-                    idle.append(source)
-            now = time.monotonic()
-            if busy and now > max(busy.values()) + 30:
-                raise RuntimeError("no answer within 30 s")
-    if unexpected := {answer.text[9:12] for answer in answers}.difference(load.statuses):
-        raise RuntimeError(f"answers {unexpected}")
+    began = time.monotonic()
+    requests = load.requests if load.seconds == inf else cycle(load.requests)
+    todo = zip(count(began, 1 / load.rate), requests, strict=False)  # with the times they are due
+
+    def keep_busy(port: int) -> None:
+        with socket.create_connection((HOST, port), timeout=30) as connection:
+            for due, request in todo:
+                if (pause := due - time.monotonic()) > 0:
+                    time.sleep(pause)
+                sent = time.monotonic()
+                if sent > began + load.seconds:
+                    break
+                connection.sendall(request)
+                text = b""
+                while not (text.endswith(b"}") and text.count(b"{") == text.count(b"}")):
+                    part = connection.recv(65_536)
+                    assert part, "a service closed a connection"
+                    text += part
+                answers.append((text, sent, time.monotonic()))
+                assert text[9:12] in load.statuses, text
+
+    with ThreadPoolExecutor(load.connections) as pool:
+        list(pool.map(keep_busy, islice(cycle(load.ports), load.connections)))
     return answers
