@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
+from opentelemetry import trace
+from opentelemetry.context import Context
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from common.telemetry import mask
+from common.telemetry import mask, propagator, tracer
 
 STREAM = "mutasi"
 DEAD_LETTERS = f"{STREAM}:dead-letter"
@@ -38,7 +41,7 @@ def format_time(time: datetime) -> str:
     return time.isoformat(timespec="microseconds")
 
 
-class MutationRequest(BaseModel):
+class MutationRequest(BaseModel, hide_input_in_errors=True):
     """A movement for service mutasi to book. `nominal` is whole rupiah, the time is UTC."""
 
     id_transaksi: Annotated[int, BeforeValidator(parse_int), Field(lt=2**63)]
@@ -62,6 +65,30 @@ class MutationRequest(BaseModel):
         """
         names = [name for name in cls.model_fields if name.encode() in fields]
         return cls.model_validate({name: fields[name.encode()].decode() for name in names})
+
+    def span(
+        self, operation: Literal["send", "process"], started_ns: int | None = None
+    ) -> AbstractContextManager[object]:
+        """Open a span in the trace of the movement; without a trace there is no span.
+
+        https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
+        """
+        if self.traceparent is None:
+            return nullcontext()
+        attributes = self.log_context() | {
+            "messaging.system": "redis",
+            "messaging.destination.name": STREAM,
+            "messaging.operation.name": operation,
+            "messaging.operation.type": operation,
+        }
+        producer, consumer = trace.SpanKind.PRODUCER, trace.SpanKind.CONSUMER
+        return tracer.start_as_current_span(
+            f"{operation} {STREAM}",
+            context=propagator.extract({"traceparent": self.traceparent}, Context()),
+            kind=producer if operation == "send" else consumer,
+            attributes=attributes,
+            start_time=started_ns,
+        )
 
     def log_context(self) -> dict[str, Any]:
         """Return the movement as logs and traces show it."""

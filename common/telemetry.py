@@ -5,14 +5,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 import structlog
 from opentelemetry import metrics, trace
-from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import (
     TraceContextTextMapPropagator,
 )
@@ -128,36 +127,6 @@ def current_traceparent() -> str | None:
     carrier: dict[str, str] = {}
     propagator.inject(carrier)
     return carrier.get("traceparent")
-
-
-def message_span(
-    operation: str,
-    stream: str,
-    parent: str | None,
-    attributes: dict[str, Any],
-    started_ns: int | None = None,
-) -> AbstractContextManager[object]:
-    """Open the span that sends ("send") or processes ("process") a message.
-
-    It continues the trace of `parent`, a traceparent; without one there is no span.
-    https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
-    """
-    if parent is None:
-        return nullcontext()
-    attributes = attributes | {
-        "messaging.system": "redis",
-        "messaging.destination.name": stream,
-        "messaging.operation.name": operation,
-        "messaging.operation.type": operation,
-    }
-    producer, consumer = trace.SpanKind.PRODUCER, trace.SpanKind.CONSUMER
-    return tracer.start_as_current_span(
-        f"{operation} {stream}",
-        context=propagator.extract({"traceparent": parent}, Context()),
-        kind=producer if operation == "send" else consumer,
-        attributes=attributes,
-        start_time=started_ns,
-    )
 
 
 def add_gauge(name: str, unit: str, read: Callable[[], float]) -> None:

@@ -8,8 +8,8 @@ from sqlalchemy import Engine, RowMapping
 from sqlalchemy.exc import DBAPIError
 
 from common.connections import is_data_error
-from common.stream import STREAM, MutationRequest, parse_error
-from common.telemetry import error_summary, log, message_span
+from common.stream import MutationRequest, parse_error
+from common.telemetry import error_summary, log
 from mutasi import datastore
 
 
@@ -72,6 +72,6 @@ def book(engine: Engine, requests: Sequence[MutationRequest]) -> None:
 
 def log_stored(row: RowMapping, parent: str | None, started_ns: int) -> None:
     """Log a booked movement as the database has it, and continue its trace."""
-    context = MutationRequest.model_validate(dict(row)).log_context()
-    with message_span("process", STREAM, parent, context, started_ns):
-        log.info("mutation stored", **context)
+    booked = MutationRequest.model_validate({**row, "traceparent": parent})
+    with booked.span("process", started_ns):
+        log.info("mutation stored", **booked.log_context())

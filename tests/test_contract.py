@@ -239,7 +239,10 @@ def ani(servers: Servers) -> Iterator[Customer]:
 
 
 NOT_EXECUTED = "Layanan sedang tidak tersedia, silakan coba lagi."
-OUTCOME_UNKNOWN = "Hasil belum pasti: ulangi dengan Idempotency-Key yang sama, atau cek mutasi."
+OUTCOME_UNKNOWN = (
+    "Hasil belum pasti: ulangi dengan Idempotency-Key yang sama. "
+    "Tanpa Idempotency-Key, cek saldo beberapa saat lagi."
+)
 
 
 def test_timeouts_tell_whether_money_may_have_moved(ani: Customer, database: Database) -> None:

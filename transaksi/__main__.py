@@ -61,8 +61,7 @@ def create_app(settings: TransaksiSettings) -> FastAPI:
     stream_database = Database(settings, threads=1)
     stream = Stream(stream_database, redis, settings.resend_after)
     teller = Teller(Database(settings, threads=1), on_commit=stream.hand_over)
-    # A bcrypt thread per core, of low priority, so that checks do not slow authenticated
-    # customers.
+    # Of low priority, so that bcrypt does not slow authenticated customers.
     pin_database = Database(settings, threads=os.cpu_count() or 1, nice=10)
     pins = PinCheck(
         pin_database,
@@ -70,7 +69,8 @@ def create_app(settings: TransaksiSettings) -> FastAPI:
         lock_minutes=settings.lock_minutes,
         cache_ttl_s=settings.auth_cache_ttl,
     )
-    bank = Bank(teller, pins, reads=Database(settings, threads=2))
+    reads, health = Database(settings, threads=2), Database(settings, threads=1)
+    bank = Bank(teller, pins, reads, health)
     add_gauges(teller, stream_database.engine, redis)
 
     app = FastAPIOffline(

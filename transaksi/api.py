@@ -100,7 +100,8 @@ ANSWERS: dict[type, ErrorAnswer] = {
     ),
     app.OutcomeUnknown: ErrorAnswer(
         503,
-        "Hasil belum pasti: ulangi dengan Idempotency-Key yang sama, atau cek mutasi.",
+        "Hasil belum pasti: ulangi dengan Idempotency-Key yang sama. "
+        "Tanpa Idempotency-Key, cek saldo beberapa saat lagi.",
     ),
     MalformedKey: ErrorAnswer(
         400, "Idempotency-Key harus 1 sampai 255 karakter ASCII yang tercetak."

@@ -59,7 +59,7 @@ class NotAuthenticated(BankError):
 
 
 class NotExecuted(BankError):
-    """The bank could not do it now. No money was moved."""
+    """The bank could not do it now. This attempt moved no money; an earlier one may have."""
 
 
 class DataRefused(NotExecuted):
@@ -124,14 +124,11 @@ def balance_after(movement: Movement, balances: dict[str, int]) -> int:
     return balance
 
 
-def replay(movement: Movement, earlier: RowMapping) -> Receipt:
-    """Return the receipt of the earlier movement with the same key.
-
-    Raises KeyReused if that was another movement.
-    """
+def replay(movement: Movement, earlier: RowMapping) -> Receipt | KeyReused:
+    """Return the receipt of the earlier movement with the same key, unless it was another."""
     for name in ("jenis_transaksi", "nominal"):
         if earlier[name] != getattr(movement, name):
-            raise KeyReused("key of another movement")
+            return KeyReused("key of another movement")
     return Receipt(earlier["id"], earlier["saldo_akhir"], replayed=True)
 
 
@@ -173,11 +170,10 @@ class Teller:
         self._database = database
         self._on_commit = on_commit
         self._queue: asyncio.Queue[Pending] = asyncio.Queue(self.MAX_WAITING)
-        self._deferred: list[Pending] = []
 
     def waiting(self) -> int:
         """Return how many movements wait."""
-        return self._queue.qsize() + len(self._deferred)
+        return self._queue.qsize()
 
     async def submit(self, movement: Movement) -> Receipt:
         """Have a movement posted, and wait for the outcome.
@@ -213,27 +209,13 @@ class Teller:
             self._on_commit(posted.journal)
 
     async def _next_batch(self) -> list[Pending]:
-        """Take what waits, at most one movement for each key.
-
-        The others are deferred: they begin the next batch, where the key is found in the
-        journal.
-        """
-        waiting = self._deferred or [await self._queue.get()]
+        """Wait for a movement, and take all that wait, except those that have timed out."""
+        waiting = [await self._queue.get()]
         while len(waiting) < self.MAX_BATCH and not self._queue.empty():
             waiting.append(self._queue.get_nowait())
-        batch: list[Pending] = []
-        self._deferred = []
-        keys: set[Key | None] = set()
-        for pending in waiting:
-            if pending.future.done():  # its request has timed out
-                continue
-            key = pending.movement.key
-            if key and key in keys:
-                self._deferred.append(pending)
-                continue
-            keys.add(key)
+        batch = [pending for pending in waiting if not pending.future.done()]
+        for pending in batch:
             pending.taken = True
-            batch.append(pending)
         return batch
 
 
@@ -279,18 +261,22 @@ def post(engine: Engine, movements: Sequence[Movement]) -> Posted:
 
 
 def decide(connection: Connection, movements: Sequence[Movement]) -> Posted:
-    """Apply the rules to movements, and record the accepted ones."""
+    """Apply the rules to movements, and record the accepted ones.
+
+    A repeated key is a replay, also of a movement in the same batch.
+    """
     balances = datastore.lock_balances(connection, {m.no_rekening for m in movements})
     earlier = datastore.find_by_keys(connection, [m.key for m in movements if m.key])
     outcomes: dict[Movement, Receipt | BankError] = {}
+    replays: list[Movement] = []
     accepted: list[Movement] = []
     rows: list[dict[str, Any]] = []
+    keys = set(earlier)
     for movement in movements:
-        key = movement.key
+        if movement.key in keys:
+            replays.append(movement)
+            continue
         try:
-            if key and key in earlier:
-                outcomes[movement] = replay(movement, earlier[key])
-                continue
             saldo = balance_after(movement, balances)
         except BankError as refusal:
             outcomes[movement] = refusal
@@ -298,9 +284,14 @@ def decide(connection: Connection, movements: Sequence[Movement]) -> Posted:
         balances[movement.no_rekening] = saldo
         accepted.append(movement)
         rows.append(vars(movement) | {"saldo_akhir": saldo})
+        if movement.key:
+            keys.add(movement.key)
     journal = datastore.record(connection, rows)
     for movement, row in zip(accepted, journal, strict=True):
         outcomes[movement] = Receipt(row["id"], row["saldo_akhir"], replayed=False)
+        earlier[movement.key] = row
+    for movement in replays:
+        outcomes[movement] = replay(movement, earlier[movement.key])
     return Posted(outcomes, journal)
 
 
@@ -394,14 +385,15 @@ class Page:
 class Bank:
     """What a customer may ask for. Every method may raise NotExecuted."""
 
-    def __init__(self, teller: Teller, pins: PinCheck, reads: Database) -> None:
+    def __init__(self, teller: Teller, pins: PinCheck, reads: Database, health: Database) -> None:
         self._teller = teller
         self._pins = pins
         self._reads = reads
+        self._health = health  # of its own, because anybody may ask
 
     async def authenticate(self, account: str, pin: str) -> None:
         """Return if the PIN is correct. Raises NotAuthenticated."""
-        await executed(self._pins.check(account, pin))
+        await or_not_executed(self._pins.check(account, pin))
 
     async def move(self, customer: str, movement: Movement) -> Receipt:
         """Deposit or withdraw. Raises UnknownAccount, and what `Teller.submit` raises."""
@@ -414,7 +406,7 @@ class Bank:
 
     async def balance(self, customer: str) -> int:
         """Return the balance. Raises NotAuthenticated if the account was deleted."""
-        balance = await executed(self._reads.run(datastore.find_balance, customer))
+        balance = await or_not_executed(self._reads.run(datastore.find_balance, customer))
         if balance is None:
             self._pins.forget(customer)
             raise NotAuthenticated("no such account")
@@ -423,7 +415,7 @@ class Bank:
     async def statement(self, customer: str, before: int | None, limit: int) -> Page:
         """Return a page of booked movements, those with ids below `before`."""
         find = datastore.find_mutations
-        rows = await executed(self._reads.run(find, customer, before, limit + 1))
+        rows = await or_not_executed(self._reads.run(find, customer, before, limit + 1))
         if not rows:
             await self.balance(customer)  # raises if the account was deleted
         page = rows[:limit]
@@ -432,10 +424,10 @@ class Bank:
 
     async def ping(self) -> None:
         """Return if PostgreSQL answers."""
-        await executed(self._reads.run(datastore.ping))
+        await or_not_executed(self._health.run(datastore.ping))
 
 
-async def executed(call: Awaitable[T]) -> T:
+async def or_not_executed(call: Awaitable[T]) -> T:
     """Await a call of the database. Raises NotExecuted if it fails for any reason."""
     try:
         return await call

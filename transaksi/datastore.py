@@ -193,7 +193,7 @@ def lock_balances(connection: Connection, accounts: Collection[str]) -> dict[str
     return {row.no_rekening: row.saldo for row in rows}
 
 
-def find_by_keys(connection: Connection, keys: Collection[Key]) -> dict[Key, RowMapping]:
+def find_by_keys(connection: Connection, keys: Collection[Key]) -> dict[Key | None, RowMapping]:
     """Find earlier movements by account and idempotency key.
 
     It must follow the lock as a statement of its own: only then does it see the keys that

@@ -40,7 +40,7 @@ class RequestLog:
     """Writes one log line for each request, and answers when nobody else does.
 
     The line has what was bound while the request was served. At the timeout the request is
-    cancelled: its movement was not executed, unless the teller says otherwise.
+    cancelled. If the teller has taken its movement, that ends in OutcomeUnknown.
     """
 
     def __init__(self, app: ASGIApp, timeout_s: int) -> None:
@@ -61,13 +61,15 @@ class RequestLog:
         try:
             async with timeout:
                 await self._app(simplify(scope), receive, answer)
-        except (TimeoutError, asyncio.CancelledError):  # cancelled because the service stops
+        except TimeoutError:
             await answer.fail(NotExecuted("timeout"), scope, receive)
+        except asyncio.CancelledError:
+            await answer.fail(NotExecuted("the service stops"), scope, receive)
         except Exception as error:
             if not answer.status:  # otherwise the client has left
                 log.exception("unexpected error")
             await answer.fail(error, scope, receive)
-        if scope["path"] not in OPEN_PATHS:
+        if scope["path"] not in OPEN_PATHS or answer.status >= 500:
             log_outcome(answer.status, duration_ms=round((now() - arrived) * 1000, 1))
 
 

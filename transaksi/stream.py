@@ -14,7 +14,7 @@ from redis import Redis
 from sqlalchemy import Engine, RowMapping
 
 from common.stream import STREAM, MutationRequest
-from common.telemetry import current_traceparent, log, message_span
+from common.telemetry import current_traceparent, log
 from transaksi import datastore
 from transaksi.datastore import Database
 
@@ -120,6 +120,6 @@ class Stream:
 def to_entry(row: RowMapping) -> dict[Any, Any]:
     """Return the stream entry of a journal row. It continues the trace of its request."""
     request = MutationRequest.model_validate({**row, "id_transaksi": row["id"]})
-    with message_span("send", STREAM, request.traceparent, request.log_context()):
+    with request.span("send"):
         request.traceparent = current_traceparent() or request.traceparent
     return request.to_entry()
