@@ -10,14 +10,15 @@ from contextlib import closing, contextmanager
 from functools import partialmethod
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import psycopg2
 from redis import Redis as RedisClient
 
-from dev.local import PIN, PIN_HASH, Postgres, Redis, Service
+from dev.local import PIN, PIN_HASH, ROOT, Postgres, Redis, Service
 
 LOG_LINE = (
     r'\{"timestamp":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z","level":"[A-Z]+",'
@@ -114,6 +115,32 @@ class Servers:
         return Service(
             name, self.postgres, self.redis, *arguments, directory=self.directory, **options
         )
+
+    def patched(self, code: str, *arguments: str) -> Service:
+        """Return a service transaksi that runs this code before it starts."""
+        directory = Path(mkdtemp(dir=self.directory))
+        (directory / "sitecustomize.py").write_text(code)
+        path = {"PYTHONPATH": f"{directory}:{ROOT}"}
+        return self.service("transaksi", *arguments, environment=path)
+
+
+def start(*services: Service) -> None:
+    """Start services at once: most of the time goes into imports, which use one core each."""
+    with patch.object(Service, "_ready", return_value=True):
+        for service in services:
+            service.start()
+    for service in services:
+        eventually(service._ready, 60)
+
+
+@contextmanager
+def running(*services: Service) -> Iterator[None]:
+    try:
+        start(*services)
+        yield
+    finally:
+        for service in services:
+            service.stop()
 
 
 def log_lines(service: Service, message: str = "(?s).*") -> list[dict[str, Any]]:

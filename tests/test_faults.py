@@ -18,6 +18,7 @@ from functools import partial
 from http.client import HTTPConnection
 from random import randint
 from signal import SIGINT, SIGKILL, SIGQUIT
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -25,31 +26,12 @@ import pytest
 
 from common.stream import DEAD_LETTERS, STREAM, MutationRequest
 from dev.local import HOST, PIN
-from tests.load import PATIENT, Bank, Request, get, hung
-from tests.support import eventually, log_lines, new_servers
+from tests.load import Bank, Request, get, hung
+from tests.support import eventually, log_lines, running
 
 LOCK_WAITERS = "FROM pg_stat_activity WHERE wait_event_type = 'Lock' OR wait_event = 'PgSleep'"
 END_WAITING = f"SELECT pg_terminate_backend(pid, 5000) {LOCK_WAITERS}"
 END_SESSIONS = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = %s"
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Bank]:
-    with new_servers() as servers:
-        yield (bank := Bank(servers))
-        assert {bank.transaksi.stop(timeout=8), bank.mutasi.stop(timeout=8)} == {0}
-        assert not re.search("deadlock detected|duplicate key", servers.postgres.log.read_text())
-
-
-@pytest.fixture
-def bank(shared: Bank) -> Iterator[Bank]:
-    shared.loads.clear()
-    shared.repair()
-    shared.stream.flushall()
-    for service in (shared.mutasi, shared.transaksi):
-        service.log_start = service.log.stat().st_size  # `log_lines` begins here
-    yield shared
-    shared.check()
 
 
 @contextmanager
@@ -91,18 +73,17 @@ def test_no_plan_reads_a_whole_table(bank: Bank) -> None:
 
 
 def test_sigterm_under_load_of_64_clients_answers_what_was_accepted(bank: Bank) -> None:
-    second = bank.service("transaksi", *PATIENT)
-    with second, bank.load(bank.transaksi, second, connections=64) as load:
+    with bank.load(connections=64) as load:
         load.wait(1000)
-        assert [bank.transaksi.stop(timeout=8), second.stop(timeout=8)] == [0, 0]
+        assert bank.transaksi.stop(timeout=8) == 0
 
     assert load.statuses().keys() <= {200, None}
     assert bank.journal().keys().isdisjoint(r.key for r in load.sent if r.unknown)
 
 
 def test_sigterm_answers_and_sends_what_waits(bank: Bank) -> None:
-    calm = bank.service("transaksi", "--request-timeout", "40", "--resend-after", "3600")
-    with hung(bank.transaksi), calm:  # so that nobody resends anything
+    calm = bank.started(bank.calm)
+    with hung(bank.transaksi):  # so that nobody resends anything
         with ThreadPoolExecutor() as pool, bank.queued(bank.deposits(60), calm) as load:
             stopping = pool.submit(calm.stop, timeout=8)
             with pytest.raises(httpx.TransportError):  # new connections are refused
@@ -116,8 +97,7 @@ def test_sigterm_answers_and_sends_what_waits(bank: Bank) -> None:
 def test_one_key_50_times_at_once_over_two_instances_moves_money_once(bank: Bank) -> None:
     repeats = bank.deposits(50, key=uuid4().hex)
 
-    with bank.service("transaksi", *PATIENT) as second:
-        assert bank.send(repeats, bank.transaksi, second) == {200}
+    assert bank.send(repeats, bank.transaksi, bank.started(bank.calm)) == {200}
 
     assert [r.replayed for r in repeats].count(False) == 1
     assert len({r.saldo for r in repeats}) == 1
@@ -150,15 +130,15 @@ def test_repeats_of_a_key_that_wait_together_are_posted_in_order(bank: Bank) -> 
 
 
 def test_a_full_queue_refuses_the_excess(bank: Bank) -> None:
-    few = "from transaksi.app import Teller\nTeller.MAX_WAITING = 5"
+    faulty = bank.started(bank.faulty)
 
-    with bank.patched(few) as full, bank.queued(bank.deposits(60), full) as load:
+    with bank.queued(bank.deposits(60), faulty) as load:
         eventually(lambda: load.statuses()[503] >= 30)
         assert load.statuses().keys() == {503}
 
     assert load.statuses()[200] == 60 - load.statuses()[503] >= 5
     assert not any(r.unknown for r in load.sent)
-    assert {line["reason"] for line in log_lines(full, "request failed")} == {"queue full"}
+    assert {line["reason"] for line in log_lines(faulty, "request failed")} == {"queue full"}
 
 
 def test_a_movement_that_the_database_refuses_fails_alone(bank: Bank) -> None:
@@ -176,17 +156,13 @@ def test_a_movement_that_the_database_refuses_fails_alone(bank: Bank) -> None:
 
 
 def test_an_unexpected_error_before_commit_means_not_executed(bank: Bank) -> None:
-    bug = """from transaksi import datastore
-record = datastore.record
-datastore.record = lambda db, rows: [record(db, rows), 1 / (rows[0]["nominal"] - 666)][0]"""
-    bad, good = bank.deposits(1, nominal=666), bank.deposits(1)
+    faulty, bad = bank.started(bank.faulty), bank.deposits(1, nominal=666)
 
-    with bank.patched(bug) as service:
-        assert bank.send(bad, service) == {503}
-        assert bank.send(good, service) == {200}  # the process goes on
+    assert bank.send(bad, faulty) == {503}
+    assert bank.send(bank.deposits(1), faulty) == {200}  # the process goes on
 
     assert not bad[0].unknown
-    (line,) = log_lines(service, "unexpected error")
+    (line,) = log_lines(faulty, "unexpected error")
     assert (line["level"], "ZeroDivisionError" in line["error"]) == ("ERROR", True)
 
 
@@ -217,22 +193,22 @@ def test_a_batch_of_replays_commits_too(bank: Bank) -> None:
         bank.send(again := bank.deposits(1, key=first.key), quick)
         return again[0].status == 503 and again[0].unknown
 
-    with bank.service("transaksi", "--request-timeout", "1") as quick:
-        (first,) = deposits = bank.deposits(1)
-        assert bank.send(deposits, quick) == {200}
-        with configured(bank, "synchronous_standby_names", "missing"):
-            eventually(replay_is_unknown)
+    (first,) = deposits = bank.deposits(1)
+    quick = bank.started(bank.quick)
+    assert bank.send(deposits, quick) == {200}
+
+    with configured(bank, "synchronous_standby_names", "missing"):
+        eventually(replay_is_unknown)
 
 
 def test_a_task_that_dies_stops_the_process(bank: Bank) -> None:
-    bug = "from transaksi.stream import Stream\nStream.hand_over = None"
+    faulty = bank.started(bank.faulty)
 
-    with bank.patched(bug) as service:
-        assert bank.send(bank.deposits(1), service) == {200}
-        eventually(lambda: not service.running)
+    assert bank.send(bank.deposits(1, nominal=667), faulty) == {200}
+    eventually(lambda: not faulty.running)
 
-    (line,) = log_lines(service, "a task failed")
-    assert (line["level"], "TypeError" in line["error"]) == ("CRITICAL", True)
+    (line,) = log_lines(faulty, "a task failed")
+    assert (line["level"], "ZeroDivisionError" in line["error"]) == ("CRITICAL", True)
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.long)])
@@ -269,7 +245,7 @@ def test_a_full_disk_and_a_log_reader_that_leaves_harm_no_movement(bank: Bank) -
     mutasi.console = True  # so that nobody waits for its first line
 
     bank.mutasi.stop()
-    with mutasi, transaksi:
+    with running(mutasi, transaksi):
         select.select([reader], [], [], 60)  # until it has written
         os.close(reader)
         for _ in range(3):
@@ -308,8 +284,8 @@ def test_while_postgresql_is_unavailable_nothing_is_executed(bank: Bank, signal:
 
 def test_postgresql_that_hangs_delays_no_answer(bank: Bank) -> None:
     new = bank.sql.open_account()
-    quick = bank.service("transaksi", "--request-timeout", "1")
-    with quick, bank.load(quick) as load, ThreadPoolExecutor() as pool:
+    quick = bank.started(bank.quick)
+    with bank.load(quick) as load, ThreadPoolExecutor() as pool:
         load.wait()
         with hung(bank.sql.server):
             tried = (("/saldo", new), ("/saldo", bank.accounts[0]), ("/health", ""))
@@ -345,19 +321,19 @@ def test_a_session_that_postgresql_ends_costs_mutasi_no_error(bank: Bank) -> Non
 def test_defaults_of_another_postgresql_server_do_not_matter(bank: Bank) -> None:
     idle = """state = 'idle' AND usename <> 'postgres' AND state_change > pg_conf_load_time()
         AND clock_timestamp() - state_change > '1 s'"""
+    calm = bank.started(bank.calm)
 
     with (
         configured(bank, "default_transaction_isolation", "serializable"),
         configured(bank, "idle_session_timeout", "500ms"),
-        bank.service("transaksi", *PATIENT) as second,
     ):
-        with bank.load(bank.transaksi, second) as load:
+        with bank.load(bank.transaksi, calm) as load:
             load.wait(300)
         eventually(lambda: bank.sql(f"SELECT 1 FROM pg_stat_activity WHERE {idle}"))
         bank.sql.audit()
 
     assert load.statuses().keys() == {200}
-    for service in (bank.transaksi, second, bank.mutasi):
+    for service in (bank.transaksi, calm, bank.mutasi):
         assert "ERROR" not in {line["level"] for line in log_lines(service)}
 
 
@@ -382,14 +358,12 @@ def test_redis_unavailable_or_hung_fails_no_movement(bank: Bank) -> None:
     assert load.statuses().keys() == {200}
 
 
-@pytest.mark.parametrize("loss", ["flushed", "trimmed", "wiped"])
+@pytest.mark.parametrize("loss", ["trimmed", "wiped"])
 def test_what_redis_loses_is_resent(bank: Bank, loss: str) -> None:
     with bank.load() as load, hung(bank.mutasi):
         load.wait()
         eventually(lambda: bank.stream.xlen(STREAM) > 60)
-        if loss == "flushed":
-            bank.stream.flushall()
-        elif loss == "trimmed":
+        if loss == "trimmed":
             newest = bank.stream.xrevrange(STREAM, count=10)
             bank.stream.xdel(STREAM, *[entry for entry, _ in newest])
             bank.stream.xtrim(STREAM, maxlen=10, approximate=False)
@@ -444,17 +418,22 @@ def test_a_full_redis_fails_no_movement_and_bad_messages_do_not_block_it(bank: B
 
 def test_while_mutasi_is_unavailable_the_age_of_the_outbox_is_reported(bank: Bank) -> None:
     clock = "ALTER TABLE transaksi ALTER tanggal_transaksi SET DEFAULT clock_timestamp()"
-    with bank.service("transaksi", "--resend-after", "4") as slow, hung(bank.mutasi):
-        bank.sql(f"{clock} - interval '14 s'")
-        bank.send(bank.deposits(1))
-        bank.sql(clock)
-        for service, level in ((bank.transaksi, "ERROR"), (slow, "WARNING")):  # R is 1, 4
-            line, *_ = eventually(partial(log_lines, service, "outbox is behind"))
-            assert (line["level"], line["age_s"] >= 14) == (level, True)
-        with bank.load() as load:
-            load.wait()
 
-    assert load.statuses().keys() == {200}
+    def told(level: str) -> list[Any]:
+        lines = log_lines(bank.transaksi, "outbox is behind")
+        return [line["age_s"] for line in lines if line["level"] == level]
+
+    for seconds, level in ((4, "WARNING"), (14, "ERROR")):  # more than 3R and 10R
+        with hung(bank.mutasi):
+            bank.sql(f"{clock} - interval '{seconds} s'")
+            bank.send(bank.deposits(1))
+            bank.sql(clock)
+            assert eventually(partial(told, level))[0] >= seconds
+            with bank.load() as load:
+                load.wait()
+        bank.sql.audit()
+
+        assert load.statuses().keys() == {200}
 
 
 @contextmanager
