@@ -22,6 +22,7 @@ def bank(shared_bank: Bank) -> Iterator[Bank]:
     """The bank in order, which is checked after the test."""
     shared_bank.loads.clear()
     shared_bank.repair()
+    shared_bank.sql.audit()
     shared_bank.stream.flushall()
     for service in shared_bank.services:
         service.log.touch()

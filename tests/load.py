@@ -15,7 +15,7 @@ import psutil
 
 from common.stream import STREAM
 from dev.local import PIN, Server, Service
-from tests.support import Servers, eventually, start
+from tests.support import DIRECT, Servers, eventually, start
 
 PATIENT = ("--request-timeout", "40", "--resend-after", "1")
 CALM = ("--request-timeout", "40", "--resend-after", "3600")  # resends nothing
@@ -105,7 +105,7 @@ class Load(AbstractContextManager["Load"]):
         eventually(lambda: self.statuses()[status] >= wanted, 60)
 
     def _keep_busy(self, url: str) -> None:
-        with httpx.Client(base_url=url, timeout=60, verify=False, trust_env=False) as client:
+        with httpx.Client(base_url=url, **DIRECT) as client:
             for request in self._requests:
                 while not (sent := request.send(client)) and not self._stopping.wait(0.05):
                     pass
@@ -212,9 +212,7 @@ class Bank:
 
 
 def get(service: Service, path: str, account: str = "") -> httpx.Response:
-    return httpx.get(
-        service.url + path, auth=(account, PIN), timeout=60, verify=False, trust_env=False
-    )
+    return httpx.get(service.url + path, auth=(account, PIN), **DIRECT)
 
 
 @contextmanager

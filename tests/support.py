@@ -31,6 +31,8 @@ SECRETS = {
     "a hash": r"\$2[aby]\$",
     "an account number": r"(?<![\w-])\d{10,16}(?![\w-])",
 }
+# No proxy of the environment, and no certificates, which take longest to load.
+DIRECT: dict[str, Any] = {"timeout": 60, "trust_env": False, "verify": False}
 _numbers = count(5_000_000_000)
 
 
@@ -48,9 +50,8 @@ class Customer:
 
     def __init__(self, url: str, no_rekening: str, pin: str = PIN) -> None:
         self.no_rekening = no_rekening
-        self.client = httpx.Client(
-            base_url=url, auth=(no_rekening, pin), timeout=30, trust_env=False
-        )
+        auth = (no_rekening, pin)
+        self.client = httpx.Client(base_url=url, auth=auth, **DIRECT)
         self.close = self.client.close
 
     def post(

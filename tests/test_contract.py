@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support import Customer, Database, Servers, eventually
+from tests.support import DIRECT, Customer, Database, Servers, eventually
 
 Customers = Callable[..., Customer]
 
@@ -78,9 +78,9 @@ REFUSED: list[tuple[tuple[int, str], str, list[Any]]] = [
 
 
 def send(url: str, line: str, **options: Any) -> httpx.Response:
-    """Send a request over a connection of its own, whatever proxies the environment has."""
+    """Send a request over a connection of its own."""
     method, path = line.split()
-    return httpx.request(method, url + path, timeout=30, trust_env=False, **options)
+    return httpx.request(method, url + path, **DIRECT, **options)
 
 
 def ask(url: str, part: str, value: Any) -> httpx.Response:

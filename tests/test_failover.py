@@ -21,10 +21,11 @@ import pytest
 from common.stream import DEAD_LETTERS
 from dev.local import HOST, Postgres, Redis
 from tests.load import Bank, Request, get
-from tests.support import SECRETS, Database, Servers, check_logs, eventually, log_lines
+from tests.support import SECRETS, Database, Servers, check_logs, eventually, log_lines, running
 
 HOSTS = (HOST, "127.0.0.2")
 TIMEOUT_S = 2
+FOLLOWING = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
 END_SESSIONS = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
     WHERE usename IN ('transaksi', 'mutasi')"""
 
@@ -65,8 +66,7 @@ class Machine(Postgres):
             settings.write(f"listen_addresses = '{self.host}'\n")
         self.start()
         primary.wait_for("*")
-        replicas = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
-        eventually(lambda: primary.sql(replicas), 60)
+        eventually(lambda: primary.sql(FOLLOWING), 60)
 
     def wait_for(self, standbys: str) -> None:
         """Have each COMMIT wait for these standbys, or for none."""
@@ -90,6 +90,7 @@ class TwoMachines(Bank):
         options += ["--auth-cache-ttl", "3600"]
         self.transaksi, self.other = (self.service("transaksi", *options) for _ in range(2))
         self.mutasi, self.other_mutasi = (self.service("mutasi", *hosts) for _ in range(2))
+        self.services = [self.transaksi, self.other, self.mutasi, self.other_mutasi]
 
     def swap(self) -> None:
         """Promote the standby of a primary that is dead."""
@@ -112,8 +113,7 @@ def shared() -> Iterator[TwoMachines]:
         stack.callback(standby.stop)
         redis = stack.enter_context(Redis(directory / "redis"))
         bank = TwoMachines(Servers(directory, primary, redis), primary, standby)
-        for service in (bank.transaksi, bank.other, bank.mutasi, bank.other_mutasi):
-            stack.enter_context(service)
+        stack.enter_context(running(*bank.services))
         yield bank
         check_logs(directory, SECRETS)
 
@@ -121,7 +121,8 @@ def shared() -> Iterator[TwoMachines]:
 @pytest.fixture
 def bank(shared: TwoMachines) -> Iterator[TwoMachines]:
     shared.loads.clear()
-    shared.standby.follow(shared.primary)
+    if not (shared.standby.running and shared.primary.sql(FOLLOWING)):
+        shared.standby.follow(shared.primary)
     for service, account in product((shared.transaksi, shared.other), shared.accounts):
         cache_pin = partial(get, service, "/saldo", account)
         eventually(lambda: cache_pin().status_code == 200)  # noqa: B023 - at once

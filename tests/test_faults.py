@@ -50,7 +50,6 @@ def configured(bank: Bank, setting: str, value: str) -> Iterator[None]:
 
 def test_no_plan_reads_a_whole_table(bank: Bank) -> None:
     """Plans are cached, and those that were made while tables were small are used later."""
-    bank.sql.audit()
     bank.sql("ANALYZE")
     # Our own sessions scan tables; they have been counted when the session has gone.
     ours = "usename = 'postgres' AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
@@ -309,8 +308,6 @@ def test_sessions_that_postgresql_ends_under_load_harm_nobody(bank: Bank) -> Non
 
 
 def test_a_session_that_postgresql_ends_costs_mutasi_no_error(bank: Bank) -> None:
-    bank.sql.audit()
-
     assert bank.sql(END_SESSIONS, "mutasi")
 
     assert bank.send(bank.deposits(1)) == {200}

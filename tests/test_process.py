@@ -3,7 +3,6 @@
 import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -31,14 +30,15 @@ Customers = Callable[..., Customer]
 def bank() -> Iterator[Bank]:
     """Both services, which started before their servers, as did two whose database never comes.
 
-    They have no password for Redis, which asks for none.
+    The first two have no password for Redis, which asks for none.
     """
+    never = {"DB_PASSWORD": "postgres-dev", "REDIS_PASSWORD": "redis-dev"}
     with new_servers() as servers, ExitStack() as stack:
         new = partial(servers.service, environment={"REDIS_PASSWORD": ""})
         services = [
             new("transaksi", "--resend-after", "1"),
             new("mutasi", "--log-level", "debug"),
-            *(new(name, "--db-name", "never") for name in ("transaksi", "mutasi")),
+            *(servers.service(name, environment=never) for name in ("transaksi", "mutasi")),
         ]
         servers.postgres.stop()
         servers.redis.stop()
@@ -101,15 +101,17 @@ def test_a_refused_argument_is_a_usage_error(
 
 @pytest.mark.parametrize(("name", "secret"), [("transaksi", "DB_USER"), ("mutasi", "DB_PASSWORD")])
 def test_a_missing_secret_is_one_clear_line(name: str, secret: str) -> None:
-    environment = os.environ | {"DB_USER": name, "DB_PASSWORD": "x"} | {secret: ""}
-    command = [sys.executable, "-m", name]
+    environment = {"DB_USER": name, "DB_PASSWORD": "x", secret: ""}
 
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    with (
+        patch.dict(os.environ, environment),
+        patch.object(sys, "argv", [name]),
+        pytest.raises(SystemExit) as ended,
+    ):
+        runpy.run_module(name, run_name="__main__")
 
-    told = f"cannot start: the environment variable {secret} is missing\n"
-    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", told)
+    # Python writes it to stderr, and the exit status is 1.
+    assert ended.value.code == f"cannot start: the environment variable {secret} is missing"
 
 
 def test_a_port_that_is_taken_ends_the_service_with_one_line(servers: Servers) -> None:
@@ -122,15 +124,11 @@ def test_a_port_that_is_taken_ends_the_service_with_one_line(servers: Servers) -
     assert error["message"].lower().endswith("address already in use")
 
 
-@pytest.mark.parametrize("name", ["transaksi", "mutasi"])
-def test_a_development_password_is_a_warning(servers: Servers, name: str) -> None:
-    passwords = {"DB_PASSWORD": "postgres-dev", "REDIS_PASSWORD": "redis-dev"}
-    service = servers.service(name, environment=passwords)
-
-    with patch.object(Service, "_ready", return_value=True), service:
-        lines = eventually(lambda: log_lines(service, "development password in use")[1:])
-
-    assert (lines[0]["level"], lines[0]["variable"]) == ("WARNING", "REDIS_PASSWORD")
+def test_a_development_password_is_a_warning(bank: Bank) -> None:
+    for service in bank[1][2:]:
+        lines = log_lines(service, "development password in use")
+        told = [(line["level"], line["variable"]) for line in lines]
+        assert told == [("WARNING", "DB_PASSWORD"), ("WARNING", "REDIS_PASSWORD")]
 
 
 # ---------------------------------------------------------------- log lines, start and end

@@ -208,7 +208,7 @@ def test_unfinished_heads_and_unread_downloads_keep_nobody_out(
     stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     transaksi = stack.enter_context(bank.service("transaksi", *PATIENT))
-    for number in range(1500):  # half as many again as it keeps
+    for number in range(1250):  # a quarter more than it keeps
         client = stack.enter_context(connect(transaksi))
         with suppress(ConnectionError):  # it was idle for longest
             client.sendall(UNFINISHED if number % 2 else DOWNLOAD)

@@ -19,7 +19,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from common.stream import DEAD_LETTERS, STREAM
 from dev.local import HOST, ROOT, Service
 from tests.load import hung
-from tests.support import SECRETS, Customer, Servers, eventually, log_lines, new_servers
+from tests.support import SECRETS, Customer, Servers, eventually, log_lines, new_servers, running
 
 Customers = Callable[..., Customer]
 CHAIN = ["transaksi: POST /tabung", "transaksi: send mutasi", "mutasi: process mutasi"]
@@ -63,6 +63,7 @@ class Bank:
     collector: ThreadingHTTPServer
     transaksi: Service
     mutasi: Service
+    untraced: Service  # another instance of transaksi
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,9 @@ def bank() -> Iterator[Bank]:
             image = dict(re.findall(r"(OTEL_\w+)=(\S+)", (ROOT / name / "Dockerfile").read_text()))
             how: dict[str, Any] = {"python": INSTRUMENTED, "environment": image | otel}
             services.append(servers.service(name, *options, **how))
-        transaksi, mutasi = services
-        with transaksi, mutasi:
-            yield Bank(servers, collector, transaksi, mutasi)
+        services.append(servers.service("transaksi"))
+        with running(*services):
+            yield Bank(servers, collector, *services)
         collector.shutdown()
 
 
@@ -205,12 +206,11 @@ def test_no_span_has_a_secret_or_the_text_of_an_error(bank: Bank, ani: Customer)
 def test_without_tracing_neither_lines_nor_messages_have_a_trace(
     bank: Bank, customer: Customers
 ) -> None:
-    with bank.servers.service("transaksi") as transaksi:
-        ani = customer(transaksi.url, bank.servers.database.open_account())
-        parent = traceparent(4, sampled=True)
-        assert ani.deposit(1, traceparent=parent).status_code == 200
-        answered = line(transaksi, "request answered", ani.no_rekening)
-        stored = line(bank.mutasi, "mutation stored", ani.no_rekening)
+    ani = customer(bank.untraced.url, bank.servers.database.open_account())
+    parent = traceparent(4, sampled=True)
+    assert ani.deposit(1, traceparent=parent).status_code == 200
+    answered = line(bank.untraced, "request answered", ani.no_rekening)
+    stored = line(bank.mutasi, "mutation stored", ani.no_rekening)
 
     assert not {"trace_id", "span_id"} & (answered.keys() | stored.keys())
 
