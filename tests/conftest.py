@@ -1,6 +1,7 @@
 """A bank whose parts a test may break."""
 
 import re
+import resource
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,8 @@ from tests.support import new_servers
 
 @pytest.fixture(scope="session")
 def shared_bank() -> Iterator[Bank]:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))  # for 1,250 connections
     with new_servers() as servers:
         yield (bank := Bank(servers))
         assert {service.stop(timeout=8) for service in bank.services} == {0}

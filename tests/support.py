@@ -150,6 +150,16 @@ def log_lines(service: Service, message: str = "(?s).*") -> list[dict[str, Any]]
     return [entry for entry in map(json.loads, whole) if re.fullmatch(message, entry["message"])]
 
 
+def log_line(service: Service, message: str = ".*", **context: Any) -> dict[str, Any]:
+    """Return the only log line with this message and context, without its timestamp."""
+
+    def lines() -> list[dict[str, Any]]:
+        return [one for one in log_lines(service, message) if one.items() >= context.items()]
+
+    (found,) = eventually(lines)
+    return {name: value for name, value in found.items() if name != "timestamp"}
+
+
 @contextmanager
 def new_servers() -> Iterator[Servers]:
     """Start empty servers. At the end, each line that services have logged is checked."""

@@ -171,8 +171,6 @@ def test_head_is_answered_like_get_and_post_is_refused(url: str, path: str) -> N
     assert (post.status_code, post.json()["remark"]) == NO_METHOD
 
 
-# ---------------------------------------------------------------- what no HTTP client sends
-
 POST = b"POST /tabung HTTP/1.1\r\nContent-Type: application/json\r\n"
 GET = b"GET /health HTTP/1.1\r\n"
 PIN = b"Authorization: %s\r\n" % AUTH
@@ -254,9 +252,6 @@ def test_endless_heads_and_pipelines_are_cut_off(url: str, start: bytes, piece: 
         connection.sendall(start + piece * (50_000_000 // len(piece)))
 
 
-# ---------------------------------------------------------------- timeouts
-
-
 @pytest.fixture(scope="module")
 def ani(servers: Servers) -> Iterator[Customer]:
     """A customer, with a cached PIN, of a service that answers within about a second."""
@@ -325,9 +320,6 @@ def idle(url: str) -> Iterator[tuple[list[HTTPConnection], float]]:
     yield connections, time.monotonic()
     for connection in connections:
         connection.close()
-
-
-# ---------------------------------------------------------------- balance, statement, document
 
 
 def test_balance_ends_at_2_to_53_minus_1(url: str, database: Database, customer: Customers) -> None:

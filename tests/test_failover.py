@@ -6,7 +6,6 @@ The machines are two loopback addresses. The fixture ends each test with `Bank.c
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -135,12 +134,9 @@ def test_failover_and_the_way_back_lose_nothing(bank: TwoMachines) -> None:
     with bank.load(bank.transaksi, bank.other) as load:
         for _ in HOSTS:
             load.wait(200)
-            began = time.monotonic()
             bank.primary.crash()
             eventually(lambda: get(bank.transaksi, "/health").status_code == 503)
             bank.swap()
-            load.wait(1)
-            print(f"{time.monotonic() - began:.1f} s without a 200")
             load.wait(200)
 
             bank.standby.follow(bank.primary)
@@ -152,10 +148,11 @@ def test_failover_and_the_way_back_lose_nothing(bank: TwoMachines) -> None:
 
 def test_without_a_standby_requests_end_in_time_and_go_on_later(bank: TwoMachines) -> None:
     with bank.load(bank.transaksi, bank.other) as load:
-        for go_on in (bank.standby.start, lambda: bank.primary.wait_for("")):
+        # 20 are more than can be under way: some of them wait behind the COMMIT that hangs.
+        for go_on, refused in ((bank.standby.start, 20), (lambda: bank.primary.wait_for(""), 1)):
             load.wait(50)
             bank.standby.crash()
-            load.wait(20, 503)
+            load.wait(refused, 503)
             go_on()
         load.wait(50)
     failed = log_lines(bank.transaksi, "request failed")

@@ -4,7 +4,6 @@ The fixture `bank` ends each test with `Bank.check`: every answer was true, no k
 money twice, and in the end balances, journal and booked movements agree.
 """
 
-import base64
 import os
 import re
 import select
@@ -15,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from http.client import HTTPConnection
 from random import randint
 from signal import SIGINT, SIGKILL, SIGQUIT
 from typing import Any
@@ -25,7 +23,6 @@ import httpx
 import pytest
 
 from common.stream import DEAD_LETTERS, STREAM, MutationRequest
-from dev.local import HOST, PIN
 from tests.load import Bank, Request, get, hung
 from tests.support import eventually, log_lines, running
 
@@ -43,9 +40,6 @@ def configured(bank: Bank, setting: str, value: str) -> Iterator[None]:
         yield
     finally:
         bank.sql.server.psql("-c", f"ALTER SYSTEM RESET {setting}", *reload)
-
-
-# ---------------------------------------------------------------- first, while tables are small
 
 
 def test_no_plan_reads_a_whole_table(bank: Bank) -> None:
@@ -66,9 +60,6 @@ def test_no_plan_reads_a_whole_table(bank: Bank) -> None:
         eventually(lambda: bank.sql(counters)[0][1], 60)
 
     assert bank.sql(counters)[0][0] == scans
-
-
-# ---------------------------------------------------------------- service transaksi
 
 
 def test_sigterm_under_load_of_64_clients_answers_what_was_accepted(bank: Bank) -> None:
@@ -100,32 +91,6 @@ def test_one_key_50_times_at_once_over_two_instances_moves_money_once(bank: Bank
 
     assert [r.replayed for r in repeats].count(False) == 1
     assert len({r.saldo for r in repeats}) == 1
-
-
-def test_repeats_of_a_key_that_wait_together_are_posted_in_order(bank: Bank) -> None:
-    """The first is refused, the deposit that came last makes the second possible."""
-    account = bank.sql.open_account()
-    token = base64.b64encode(f"{account}:{PIN}".encode()).decode()
-    headers = {"Authorization": f"Basic {token}", "Content-Type": "application/json"}
-    get(bank.transaksi, "/saldo", account)  # caches the PIN
-    connections = []
-
-    with bank.queued(bank.deposits(1)):
-        for path, nominal, key in (
-            ("/tarik", 20, "one"),
-            ("/tarik", 20, "one"),
-            ("/tarik", 30, "one"),
-            ("/tabung", 90, "two"),
-        ):
-            connection = HTTPConnection(HOST, bank.transaksi.port, timeout=60)
-            body = f'{{"no_rekening": "{account}", "nominal": {nominal}}}'
-            connection.request("POST", path, body, headers | {"Idempotency-Key": key})
-            get(bank.transaksi, "/openapi.json")  # by now it waits
-            connections.append(connection)
-
-    assert [one.getresponse().status for one in connections] == [400, 200, 422, 200]
-    for one in connections:
-        one.close()
 
 
 def test_a_full_queue_refuses_the_excess(bank: Bank) -> None:
@@ -185,21 +150,6 @@ def test_a_connection_lost_at_commit_means_an_unknown_outcome(bank: Bank) -> Non
     assert [(r.status, r.unknown) for r in requests] == [(503, True)]
 
 
-def test_a_batch_of_replays_commits_too(bank: Bank) -> None:
-    """Commits wait for a synchronous standby. Here it is missing."""
-
-    def replay_is_unknown() -> bool:
-        bank.send(again := bank.deposits(1, key=first.key), quick)
-        return again[0].status == 503 and again[0].unknown
-
-    (first,) = deposits = bank.deposits(1)
-    quick = bank.started(bank.quick)
-    assert bank.send(deposits, quick) == {200}
-
-    with configured(bank, "synchronous_standby_names", "missing"):
-        eventually(replay_is_unknown)
-
-
 def test_a_task_that_dies_stops_the_process(bank: Bank) -> None:
     faulty = bank.started(bank.faulty)
 
@@ -251,9 +201,6 @@ def test_a_full_disk_and_a_log_reader_that_leaves_harm_no_movement(bank: Bank) -
             assert bank.send(bank.deposits(50), transaksi) == {200}
         bank.sql.audit()
         assert [transaksi.stop(timeout=8), mutasi.stop(timeout=8)] == [0, 0]
-
-
-# ---------------------------------------------------------------- PostgreSQL
 
 
 def test_after_a_restart_of_postgresql_nobody_meets_a_stale_connection(bank: Bank) -> None:
@@ -334,9 +281,6 @@ def test_defaults_of_another_postgresql_server_do_not_matter(bank: Bank) -> None
         assert "ERROR" not in {line["level"] for line in log_lines(service)}
 
 
-# ---------------------------------------------------------------- Redis
-
-
 def test_redis_unavailable_or_hung_fails_no_movement(bank: Bank) -> None:
     def last_errors() -> list[str]:
         sending = log_lines(bank.transaksi, "sending to the stream failed")
@@ -410,9 +354,6 @@ def test_a_full_redis_fails_no_movement_and_bad_messages_do_not_block_it(bank: B
     assert bank.stream.xlen(DEAD_LETTERS) == 0
 
 
-# ---------------------------------------------------------------- service mutasi and messages
-
-
 def test_while_mutasi_is_unavailable_the_age_of_the_outbox_is_reported(bank: Bank) -> None:
     clock = "ALTER TABLE transaksi ALTER tanggal_transaksi SET DEFAULT clock_timestamp()"
 
@@ -468,20 +409,21 @@ def test_a_forged_message_is_not_booked(bank: Bank, order: str, letters: int) ->
     assert b"987654321" not in bank.mutasi.log.read_bytes()
 
 
+SQL = "'; DROP TABLE rekening; --|' OR '1'='1|$$; SELECT 1; $$|{1}|%(no)s :no \\|"
 NUMBERS = "1e3| 5|+5|5.0|\u0665|0|-5||5_0|05|0x5|5\n|5\0|99999999999999999999|\udcff5"
 DATES = "now|infinity||2026-01-31|1767225600|2026-01-31T00:00:00+00:00|2026-01-31T00:00:00.000000"
 ZONES = "|2026-01-31T00:00:00.000000+07:00|2026-01-31T00:00:00.000000Z|2026-02-30T00:00:00.000000Z"
 ACCOUNTS = f"123|1234567890\n|1234567890\0|{chr(0x665) * 10}|{'1' * 1_000_000}|Zoë"
 FORGED = "ForeignKeyViolation 23503 mutasi_id_transaksi_no_rekening_jenis_transaksi_nominal_ta_fkey"
 BAD = [  # field, values, reason
-    ("id_transaksi", NUMBERS, "id_transaksi: value_error|UnicodeDecodeError"),
+    ("id_transaksi", SQL + NUMBERS, "id_transaksi: value_error|UnicodeDecodeError"),
     ("id_transaksi", "9223372036854775808", "id_transaksi: less_than"),
-    ("nominal", NUMBERS, "nominal: value_error|UnicodeDecodeError"),
+    ("nominal", SQL + NUMBERS, "nominal: value_error|UnicodeDecodeError"),
     ("nominal", "1000000000001", "nominal: less_than_equal"),
-    ("tanggal_transaksi", DATES + ZONES, "tanggal_transaksi: value_error"),
-    ("no_rekening", ACCOUNTS, "no_rekening: string_pattern_mismatch"),
-    ("jenis_transaksi", "setor|Tarik||tarik\0", "jenis_transaksi: literal_error"),
-    ("traceparent", "00-1|\0", "traceparent: string_pattern_mismatch"),
+    ("tanggal_transaksi", SQL + DATES + ZONES, "tanggal_transaksi: value_error"),
+    ("no_rekening", SQL + ACCOUNTS, "no_rekening: string_pattern_mismatch"),
+    ("jenis_transaksi", SQL + "setor|Tarik||tarik\0", "jenis_transaksi: literal_error"),
+    ("traceparent", SQL + "00-1|\0", "traceparent: string_pattern_mismatch"),
     # These have the right form, but differ from the journal.
     ("nominal", "999999", FORGED),
     ("no_rekening", "1234567890", FORGED),

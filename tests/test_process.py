@@ -19,7 +19,7 @@ from sqlalchemy.orm import DeclarativeBase
 from common.telemetry import format_error
 from dev.local import ROOT, Service
 from mutasi import datastore as mutasi_datastore
-from tests.support import Customer, Servers, eventually, log_lines, new_servers
+from tests.support import Customer, Servers, eventually, log_line, log_lines, new_servers
 from transaksi import datastore as transaksi_datastore
 
 Bank = tuple[Servers, list[Service]]
@@ -57,19 +57,6 @@ def bank() -> Iterator[Bank]:
 def ani(bank: Bank, customer: Customers) -> Customer:
     servers, (transaksi, *_) = bank
     return customer(transaksi.url, servers.database.open_account(50))
-
-
-def line(service: Service, **context: Any) -> dict[str, Any]:
-    """Return the only log line with this context, without its timestamp."""
-
-    def lines() -> list[dict[str, Any]]:
-        return [entry for entry in log_lines(service) if entry.items() >= context.items()]
-
-    (found,) = eventually(lines)
-    return {name: value for name, value in found.items() if name != "timestamp"}
-
-
-# ---------------------------------------------------------------- options and secrets
 
 
 def test_help_and_readme_list_the_same_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,9 +118,6 @@ def test_a_development_password_is_a_warning(bank: Bank) -> None:
         assert told == [("WARNING", "DB_PASSWORD"), ("WARNING", "REDIS_PASSWORD")]
 
 
-# ---------------------------------------------------------------- log lines, start and end
-
-
 def test_services_that_started_before_their_servers_recover(bank: Bank, ani: Customer) -> None:
     assert ani.deposit(1).status_code == 200
     bank[0].database.audit()
@@ -143,8 +127,8 @@ def test_settings_are_logged_at_the_start(bank: Bank) -> None:
     servers, (transaksi, mutasi, *_) = bank
     shared = {"db_host": "127.0.0.1", "db_port": servers.postgres.port, "db_name": "tabungan"}
 
-    line(transaksi, message="starting", level="INFO", max_pin_failures=5, **shared)
-    line(mutasi, message="starting", level="INFO", log_level="DEBUG", **shared)
+    log_line(transaksi, message="starting", level="INFO", max_pin_failures=5, **shared)
+    log_line(mutasi, message="starting", level="INFO", log_level="DEBUG", **shared)
     assert log_lines(transaksi, "development password.*") == []
 
 
@@ -156,8 +140,8 @@ def test_a_movement_is_logged_by_both_services(bank: Bank, ani: Customer) -> Non
     movement = {"jenis_transaksi": "tabung", "nominal": 10, "id_transaksi": number}
     movement |= {"no_rekening": f"******{ani.no_rekening[-4:]}"}
 
-    answered = line(transaksi, id_transaksi=number)
-    stored = line(mutasi, id_transaksi=number)
+    answered = log_line(transaksi, id_transaksi=number)
+    stored = log_line(mutasi, id_transaksi=number)
 
     assert (answered.pop("service"), answered.pop("duration_ms") > 0) == ("transaksi", True)
     what = {"method": "POST", "path": "/tabung", "status": 200}
@@ -174,8 +158,8 @@ def test_refusals_are_warnings(bank: Bank, ani: Customer, customer: Customers) -
     assert (ani.withdraw(51).status_code, thief.deposit(1).status_code) == (400, 401)
     refused = {"no_rekening": f"******{ani.no_rekening[-4:]}", "message": "request refused"}
 
-    refusal = line(transaksi, **refused, status=400)
-    guess = line(transaksi, **refused, status=401)
+    refusal = log_line(transaksi, **refused, status=400)
+    guess = log_line(transaksi, **refused, status=401)
 
     assert (refusal["level"], refusal["reason"]) == ("WARNING", "insufficient balance")
     assert (refusal["remark"], refusal["nominal"]) == ("Saldo tidak mencukupi.", 51)
@@ -186,7 +170,7 @@ def test_a_5xx_is_an_error(bank: Bank, ani: Customer, customer: Customers) -> No
     _, (*_, never, _) = bank
     assert customer(never.url, ani.no_rekening).deposit(1).status_code == 503
 
-    assert line(never, message="request failed", status=503)["level"] == "ERROR"
+    assert log_line(never, message="request failed", status=503)["level"] == "ERROR"
 
 
 def test_debug_lines_are_logged_if_asked_for(bank: Bank, ani: Customer) -> None:
@@ -213,9 +197,6 @@ def test_an_unexpected_error_is_logged_without_its_cause() -> None:
 
     assert re.fullmatch(f'  File "{__file__}", line (?s:.*)\nValueError: shown', told)
     assert "hidden" not in told.replace('"hidden"', "")  # the line of code above
-
-
-# ---------------------------------------------------------------- mapped classes
 
 
 @pytest.mark.parametrize("base", [transaksi_datastore.Base, mutasi_datastore.Base])

@@ -1,6 +1,5 @@
 """What users of similar systems have reported: each kind of fault is shown to be closed here."""
 
-import resource
 import socket
 import struct
 from base64 import b64encode
@@ -79,9 +78,6 @@ class Forward(BaseRequestHandler):
                     if not (data := end.recv(65_536)):
                         return
                     others[end].sendall(data)
-
-
-# ---------------------------------------------------------------- the wrong server
 
 
 class Routed:
@@ -189,9 +185,6 @@ def test_a_connection_that_is_refused_in_latin_1_is_a_503(
     assert {request().status_code for request in requests} == {200}
 
 
-# ---------------------------------------------------------------- connections
-
-
 def connect(service: Service) -> socket.socket:
     """Open a connection that has little room for what is not read."""
     client = socket.socket()
@@ -204,18 +197,15 @@ def connect(service: Service) -> socket.socket:
 def test_unfinished_heads_and_unread_downloads_keep_nobody_out(
     bank: Bank, stack: ExitStack, customer: Customers
 ) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
-    transaksi = stack.enter_context(bank.service("transaksi", *PATIENT))
+    calm = bank.started(bank.calm)
     for number in range(1250):  # a quarter more than it keeps
-        client = stack.enter_context(connect(transaksi))
+        client = stack.enter_context(connect(calm))
         with suppress(ConnectionError):  # it was idle for longest
             client.sendall(UNFINISHED if number % 2 else DOWNLOAD)
 
     no_rekening = bank.sql.open_account()
-    answers = [customer(transaksi.url, no_rekening).client.get("/saldo") for _ in range(20)]
-    reached = log_lines(transaksi, "connection limit reached")
+    answers = [customer(calm.url, no_rekening).client.get("/saldo") for _ in range(20)]
+    reached = log_lines(calm, "connection limit reached")
 
     assert {answer.status_code for answer in answers} == {200}
     assert [line["level"] for line in reached] == ["WARNING"]
@@ -248,9 +238,6 @@ def test_movements_whose_client_has_left_are_logged_as_accepted(bank: Bank) -> N
     assert len(ids) >= 30
     assert sorted(line["id_transaksi"] for line in lines if "movement" in line) == ids
     assert {line["level"] for line in lines} == {"INFO"}
-
-
-# ---------------------------------------------------------------- clocks
 
 
 def test_a_lost_movement_with_times_ahead_of_now_is_resent_and_reported(bank: Bank) -> None:

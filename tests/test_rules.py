@@ -97,24 +97,3 @@ def test_batches_decide_what_would_be_decided_one_by_one(
 
     for _ in range(50):
         asyncio.run(post_some())
-
-
-def test_account_of_another_customer_is_unknown() -> None:
-    app.check_owner(BUDI, BUDI)
-    with pytest.raises(app.UnknownAccount):
-        app.check_owner(BUDI, SITI)
-
-
-@pytest.mark.parametrize(("taken", "error"), [(False, app.NotExecuted), (True, app.OutcomeUnknown)])
-def test_timeout_is_unknown_once_the_teller_has_it(taken: bool, error: type[BankError]) -> None:
-    async def submit() -> None:
-        teller = Teller(NONE, print)
-        app.deadline.set(asyncio.get_running_loop().time() + 0.05)
-        request = asyncio.create_task(teller.submit(Movement("tabung", BUDI, 1)))
-        await asyncio.sleep(0)
-        if taken:
-            await teller._next_batch()
-        with pytest.raises(error):
-            await request
-
-    asyncio.run(submit())

@@ -19,7 +19,16 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from common.stream import DEAD_LETTERS, STREAM
 from dev.local import HOST, ROOT, Service
 from tests.load import hung
-from tests.support import SECRETS, Customer, Servers, eventually, log_lines, new_servers, running
+from tests.support import (
+    SECRETS,
+    Customer,
+    Servers,
+    eventually,
+    log_line,
+    log_lines,
+    new_servers,
+    running,
+)
 
 Customers = Callable[..., Customer]
 CHAIN = ["transaksi: POST /tabung", "transaksi: send mutasi", "mutasi: process mutasi"]
@@ -123,14 +132,7 @@ def traceparent(number: int, sampled: bool) -> str:
 
 
 def line(service: Service, message: str, account: str) -> dict[str, Any]:
-    """Return the only log line with this message about an account."""
-    masked = f"******{account[-4:]}"
-
-    def lines() -> list[dict[str, Any]]:
-        return [entry for entry in log_lines(service, message) if masked in entry.values()]
-
-    (entry,) = eventually(lines)
-    return dict(entry)
+    return log_line(service, message, no_rekening=f"******{account[-4:]}")
 
 
 @pytest.mark.parametrize("parent", ["", CLIENT_SPAN])
