@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 from common.stream import STREAM
-from dev.local import PIN, Server, Service
+from dev.local import PIN, Postgres, Server, Service
 from tests.support import DIRECT, Servers, eventually, start
 
 PATIENT = ("--request-timeout", "40", "--resend-after", "1")
@@ -228,3 +228,14 @@ def hung(server: Server) -> Iterator[None]:
     finally:
         for process in processes:
             process.resume()
+
+
+@contextmanager
+def configured(server: Postgres, setting: str, value: str) -> Iterator[None]:
+    """Change a setting of a PostgreSQL server during the block."""
+    reload = ("-c", "SELECT pg_reload_conf()")
+    server.psql("-c", f"ALTER SYSTEM SET {setting} = '{value}'", *reload)
+    try:
+        yield
+    finally:
+        server.psql("-c", f"ALTER SYSTEM RESET {setting}", *reload)

@@ -23,23 +23,12 @@ import httpx
 import pytest
 
 from common.stream import DEAD_LETTERS, STREAM, MutationRequest
-from tests.load import Bank, Request, get, hung
+from tests.load import Bank, Request, configured, get, hung
 from tests.support import eventually, log_lines, running
 
 LOCK_WAITERS = "FROM pg_stat_activity WHERE wait_event_type = 'Lock' OR wait_event = 'PgSleep'"
 END_WAITING = f"SELECT pg_terminate_backend(pid, 5000) {LOCK_WAITERS}"
 END_SESSIONS = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = %s"
-
-
-@contextmanager
-def configured(bank: Bank, setting: str, value: str) -> Iterator[None]:
-    """Change a setting of the PostgreSQL server during the block."""
-    reload = ("-c", "SELECT pg_reload_conf()")
-    bank.sql.server.psql("-c", f"ALTER SYSTEM SET {setting} = '{value}'", *reload)
-    try:
-        yield
-    finally:
-        bank.sql.server.psql("-c", f"ALTER SYSTEM RESET {setting}", *reload)
 
 
 def test_no_plan_reads_a_whole_table(bank: Bank) -> None:
@@ -268,8 +257,8 @@ def test_defaults_of_another_postgresql_server_do_not_matter(bank: Bank) -> None
     calm = bank.started(bank.calm)
 
     with (
-        configured(bank, "default_transaction_isolation", "serializable"),
-        configured(bank, "idle_session_timeout", "500ms"),
+        configured(bank.sql.server, "default_transaction_isolation", "serializable"),
+        configured(bank.sql.server, "idle_session_timeout", "500ms"),
     ):
         with bank.load(bank.transaksi, calm) as load:
             load.wait(300)

@@ -5,6 +5,7 @@ import struct
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from select import select
 from socketserver import BaseRequestHandler, ThreadingTCPServer
@@ -16,7 +17,7 @@ from redis import Redis as RedisClient
 
 from common.stream import STREAM
 from dev.local import HOST, PIN, Postgres, Redis, Service
-from tests.load import PATIENT, Bank, hung
+from tests.load import PATIENT, Bank, configured, hung
 from tests.support import (
     Customer,
     Database,
@@ -80,64 +81,55 @@ class Forward(BaseRequestHandler):
                     others[end].sendall(data)
 
 
+@dataclass
 class Routed:
     """Both services, whose servers can be exchanged."""
 
-    def __init__(self, servers: Servers, postgres: Proxy, redis: Proxy) -> None:
-        self.servers, self.postgres, self.redis = servers, postgres, redis
-        ports = ("--db-port", postgres.port, "--redis-port", redis.port)
-        self.transaksi = servers.service("transaksi", *PATIENT, *ports)
-        self.mutasi = servers.service("mutasi", *ports)
+    servers: Servers
+    postgres: Proxy
+    redis: Proxy
+    transaksi: Service
+    mutasi: Service
 
 
 @pytest.fixture(scope="module")
-def shared_routed() -> Iterator[Routed]:
+def routed() -> Iterator[Routed]:
     with (
         new_servers() as servers,
         Proxy(servers.postgres.port) as postgres,
         Proxy(servers.redis.port) as redis,
     ):
-        routed = Routed(servers, postgres, redis)
-        with running(routed.transaksi, routed.mutasi):
-            yield routed
-
-
-@pytest.fixture
-def routed(shared_routed: Routed) -> Iterator[Routed]:
-    yield shared_routed
-    shared_routed.postgres.target = shared_routed.servers.postgres.port
-    shared_routed.redis.target = shared_routed.servers.redis.port
+        ports = ("--db-port", postgres.port, "--redis-port", redis.port)
+        transaksi = servers.service("transaksi", *PATIENT, *ports)
+        mutasi = servers.service("mutasi", *ports)
+        with running(transaksi, mutasi):
+            yield Routed(servers, postgres, redis, transaksi, mutasi)
 
 
 @pytest.fixture
 def budi(routed: Routed, customer: Customers) -> Customer:
-    """A customer whose first movement is booked."""
+    """A customer whose movement is booked, while the services use their first servers."""
+    routed.postgres.target = routed.servers.postgres.port
+    routed.redis.target = routed.servers.redis.port
     budi = customer(routed.transaksi.url, DEMO_ACCOUNT)
     eventually(lambda: budi.deposit(1).status_code == 200)
     routed.servers.database.audit()
     return budi
 
 
-def test_a_read_only_postgresql_is_left_without_a_restart(
-    routed: Routed, stack: ExitStack, budi: Customer
-) -> None:
-    def alter_system(setting: str) -> None:
-        first.psql("-c", f"ALTER SYSTEM {setting}", "-c", "SELECT pg_reload_conf()")
-
+def test_a_read_only_postgresql_is_left_without_a_restart(routed: Routed, budi: Customer) -> None:
     first, second = routed.servers.postgres, Postgres(routed.servers.directory / "second")
     second.passwords = first.passwords
-    stack.enter_context(second)
 
-    stack.callback(alter_system, "RESET default_transaction_read_only")
-    alter_system("SET default_transaction_read_only = on")
-    eventually(lambda: budi.deposit(1).headers.get("Retry-After"))
-    eventually(lambda: budi.client.get("/health").status_code == 503)
+    with second, configured(first, "default_transaction_read_only", "on"):
+        eventually(lambda: budi.deposit(1).headers.get("Retry-After"))
+        eventually(lambda: budi.client.get("/health").status_code == 503)
 
-    routed.postgres.target = second.port
-    eventually(lambda: budi.deposit(100_000).status_code == 200)
-    assert budi.client.get("/health").status_code == 200
-    assert budi.balance() == Database(second).saldo(DEMO_ACCOUNT)
-    Database(second).audit()
+        routed.postgres.target = second.port
+        eventually(lambda: budi.deposit(100_000).status_code == 200)
+        assert budi.client.get("/health").status_code == 200
+        assert budi.balance() == Database(second).saldo(DEMO_ACCOUNT)
+        Database(second).audit()
 
 
 def test_a_redis_that_became_a_replica_is_left_without_a_restart(
