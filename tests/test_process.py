@@ -28,17 +28,17 @@ Customers = Callable[..., Customer]
 
 @pytest.fixture(scope="module")
 def bank() -> Iterator[Bank]:
-    """Both services, which started before their servers, as did two whose database never comes.
+    """Both services, which started before their servers, and both with passwords that are refused.
 
     The first two have no password for Redis, which asks for none.
     """
-    never = {"DB_PASSWORD": "postgres-dev", "REDIS_PASSWORD": "redis-dev"}
+    refused = {"DB_PASSWORD": "postgres-dev", "REDIS_PASSWORD": "redis-dev"}
     with new_servers() as servers, ExitStack() as stack:
         new = partial(servers.service, environment={"REDIS_PASSWORD": ""})
         services = [
             new("transaksi", "--resend-after", "1"),
             new("mutasi", "--log-level", "debug"),
-            *(servers.service(name, environment=never) for name in ("transaksi", "mutasi")),
+            *(servers.service(name, environment=refused) for name in ("transaksi", "mutasi")),
         ]
         servers.postgres.stop()
         servers.redis.stop()
@@ -134,9 +134,11 @@ def test_settings_are_logged_at_the_start(bank: Bank) -> None:
 
 def test_a_movement_is_logged_by_both_services(bank: Bank, ani: Customer) -> None:
     servers, (transaksi, mutasi, *_) = bank
-    assert ani.deposit(10).status_code == 200
-    journal = "SELECT max(id), max(tanggal_transaksi) FROM transaksi WHERE nominal = 10"
-    ((number, moment),) = servers.database(journal)
+    traceparent = f"00-{'1' * 32}-{'2' * 16}-01"  # which counts for nothing without tracing
+    assert ani.deposit(10, traceparent=traceparent).status_code == 200
+    journal = "SELECT id, tanggal_transaksi, traceparent FROM transaksi WHERE nominal = 10"
+    ((number, moment, trace),) = servers.database(journal)
+    assert trace is None
     movement = {"jenis_transaksi": "tabung", "nominal": 10, "id_transaksi": number}
     movement |= {"no_rekening": f"******{ani.no_rekening[-4:]}"}
 

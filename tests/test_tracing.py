@@ -72,7 +72,6 @@ class Bank:
     collector: ThreadingHTTPServer
     transaksi: Service
     mutasi: Service
-    untraced: Service  # another instance of transaksi
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,6 @@ def bank() -> Iterator[Bank]:
             image = dict(re.findall(r"(OTEL_\w+)=(\S+)", (ROOT / name / "Dockerfile").read_text()))
             how: dict[str, Any] = {"python": INSTRUMENTED, "environment": image | otel}
             services.append(servers.service(name, *options, **how))
-        services.append(servers.service("transaksi"))
         with running(*services):
             yield Bank(servers, collector, *services)
         collector.shutdown()
@@ -203,18 +201,6 @@ def test_no_span_has_a_secret_or_the_text_of_an_error(bank: Bank, ani: Customer)
 
     for form in (*SECRETS.values(), r"(?i)confidential|authorization|\b098765\b|failing row"):
         assert not [span for _, span in SPANS if re.search(form, str(span))]
-
-
-def test_without_tracing_neither_lines_nor_messages_have_a_trace(
-    bank: Bank, customer: Customers
-) -> None:
-    ani = customer(bank.untraced.url, bank.servers.database.open_account())
-    parent = traceparent(4, sampled=True)
-    assert ani.deposit(1, traceparent=parent).status_code == 200
-    answered = line(bank.untraced, "request answered", ani.no_rekening)
-    stored = line(bank.mutasi, "mutation stored", ani.no_rekening)
-
-    assert not {"trace_id", "span_id"} & (answered.keys() | stored.keys())
 
 
 def test_gauges_tell_what_is_not_booked(bank: Bank, ani: Customer) -> None:
