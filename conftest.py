@@ -11,7 +11,7 @@ import pytest
 
 API_URL = os.environ.get("API_URL")
 if not API_URL:
-    from tests.support import Customer, new_servers
+    from tests.support import Customer, new_servers, running
 
 if TYPE_CHECKING:
     from tests.support import Database, Servers
@@ -33,7 +33,8 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     servers: Servers = request.getfixturevalue("servers")
     options = ("--max-pin-failures", "1000000", "--resend-after", "1")
-    with servers.service("mutasi"), servers.service("transaksi", *options) as transaksi:
+    transaksi = servers.service("transaksi", *options)
+    with running(transaksi, servers.service("mutasi")):
         yield transaksi.url
 
 

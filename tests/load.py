@@ -5,9 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import choice, randint
-from tempfile import mkdtemp
 from threading import Event
 from typing import Any
 from uuid import uuid4
@@ -16,10 +14,36 @@ import httpx
 import psutil
 
 from common.stream import STREAM
-from dev.local import PIN, ROOT, Server, Service
-from tests.support import Servers, eventually
+from dev.local import PIN, Postgres, Server, Service
+from tests.support import DIRECT, Servers, eventually, start
 
 PATIENT = ("--request-timeout", "40", "--resend-after", "1")
+CALM = ("--request-timeout", "40", "--resend-after", "3600")  # resends nothing
+# A movement of 666 rupiah fails before its commit, one of 667 after it. While the file exists,
+# connecting fails as it does when PostgreSQL refuses it in Latin-1.
+FAULTS = """
+import os, psycopg2
+from transaksi import datastore
+from transaksi.app import Teller
+from transaksi.stream import Stream
+
+def refuse(*args, connect=psycopg2.connect, **kwargs):
+    if os.path.exists({!r}):
+        b"d\\xe9mon".decode()
+    return connect(*args, **kwargs)
+
+def record(db, rows, record=datastore.record):
+    journal = record(db, rows)
+    1 / (rows[0]["nominal"] - 666)
+    return journal
+
+def hand_over(stream, journal, hand_over=Stream.hand_over):
+    [1 / (row["nominal"] - 667) for row in journal]
+    hand_over(stream, journal)
+
+psycopg2.connect, datastore.record, Stream.hand_over = refuse, record, hand_over
+Teller.MAX_WAITING = 5
+"""
 GAPS = """SELECT id FROM (
     SELECT id, saldo_akhir, sum(CASE jenis_transaksi WHEN 'tabung' THEN nominal ELSE -nominal END)
     OVER (PARTITION BY no_rekening ORDER BY id) AS saldo FROM transaksi
@@ -81,7 +105,7 @@ class Load(AbstractContextManager["Load"]):
         eventually(lambda: self.statuses()[status] >= wanted, 60)
 
     def _keep_busy(self, url: str) -> None:
-        with httpx.Client(base_url=url, timeout=60, verify=False, trust_env=False) as client:
+        with httpx.Client(base_url=url, **DIRECT) as client:
             for request in self._requests:
                 while not (sent := request.send(client)) and not self._stopping.wait(0.05):
                     pass
@@ -103,21 +127,26 @@ class Bank:
             self.sql(f"ALTER ROLE {role} SET statement_timeout = '40s'")
         self.transaksi = self.service("transaksi", *PATIENT)
         self.mutasi = self.service("mutasi")
+        self.calm = self.service("transaksi", *CALM)
+        self.quick = self.service("transaksi", *CALM, "--request-timeout", "1")
+        self.refused = self.directory / "refused"
+        self.faulty = servers.patched(FAULTS.format(str(self.refused)), *CALM)
+        self.services = [self.mutasi, self.transaksi, self.calm, self.quick, self.faulty]
         self.accounts = [self.sql.open_account(1_000_000_000) for _ in range(4)]
         self.loads: list[Load] = []
 
-    def patched(self, code: str) -> Service:
-        """Return a service transaksi that runs this code before it starts."""
-        directory = Path(mkdtemp(dir=self.directory))
-        (directory / "sitecustomize.py").write_text(code)
-        path = {"PYTHONPATH": f"{directory}:{ROOT}"}
-        return self.service("transaksi", *PATIENT, environment=path)
-
     def repair(self) -> None:
         """Start what does not run."""
-        for server in (self.sql.server, self.redis, self.mutasi, self.transaksi):
+        for server in (self.sql.server, self.redis):
             if not server.running:
                 server.start()
+        start(*[service for service in (self.mutasi, self.transaksi) if not service.running])
+
+    def started(self, service: Service) -> Service:
+        """Return one that only some tests need, and that runs."""
+        if not service.running:
+            service.start()
+        return service
 
     def deposits(self, count: int, **values: Any) -> list[Request]:
         """Return deposits to the first account."""
@@ -183,9 +212,7 @@ class Bank:
 
 
 def get(service: Service, path: str, account: str = "") -> httpx.Response:
-    return httpx.get(
-        service.url + path, auth=(account, PIN), timeout=60, verify=False, trust_env=False
-    )
+    return httpx.get(service.url + path, auth=(account, PIN), **DIRECT)
 
 
 @contextmanager
@@ -201,3 +228,14 @@ def hung(server: Server) -> Iterator[None]:
     finally:
         for process in processes:
             process.resume()
+
+
+@contextmanager
+def configured(server: Postgres, setting: str, value: str) -> Iterator[None]:
+    """Change a setting of a PostgreSQL server during the block."""
+    reload = ("-c", "SELECT pg_reload_conf()")
+    server.psql("-c", f"ALTER SYSTEM SET {setting} = '{value}'", *reload)
+    try:
+        yield
+    finally:
+        server.psql("-c", f"ALTER SYSTEM RESET {setting}", *reload)

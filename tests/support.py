@@ -10,14 +10,15 @@ from contextlib import closing, contextmanager
 from functools import partialmethod
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import psycopg2
 from redis import Redis as RedisClient
 
-from dev.local import PIN, PIN_HASH, Postgres, Redis, Service
+from dev.local import PIN, PIN_HASH, ROOT, Postgres, Redis, Service
 
 LOG_LINE = (
     r'\{"timestamp":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z","level":"[A-Z]+",'
@@ -30,6 +31,8 @@ SECRETS = {
     "a hash": r"\$2[aby]\$",
     "an account number": r"(?<![\w-])\d{10,16}(?![\w-])",
 }
+# No proxy of the environment, and no certificates, which take longest to load.
+DIRECT: dict[str, Any] = {"timeout": 60, "trust_env": False, "verify": False}
 _numbers = count(5_000_000_000)
 
 
@@ -47,9 +50,8 @@ class Customer:
 
     def __init__(self, url: str, no_rekening: str, pin: str = PIN) -> None:
         self.no_rekening = no_rekening
-        self.client = httpx.Client(
-            base_url=url, auth=(no_rekening, pin), timeout=30, trust_env=False
-        )
+        auth = (no_rekening, pin)
+        self.client = httpx.Client(base_url=url, auth=auth, **DIRECT)
         self.close = self.client.close
 
     def post(
@@ -115,11 +117,47 @@ class Servers:
             name, self.postgres, self.redis, *arguments, directory=self.directory, **options
         )
 
+    def patched(self, code: str, *arguments: str) -> Service:
+        """Return a service transaksi that runs this code before it starts."""
+        directory = Path(mkdtemp(dir=self.directory))
+        (directory / "sitecustomize.py").write_text(code)
+        path = {"PYTHONPATH": f"{directory}:{ROOT}"}
+        return self.service("transaksi", *arguments, environment=path)
+
+
+def start(*services: Service) -> None:
+    """Start services at once: most of the time goes into imports, which use one core each."""
+    with patch.object(Service, "_ready", return_value=True):
+        for service in services:
+            service.start()
+    for service in services:
+        eventually(service._ready, 60)
+
+
+@contextmanager
+def running(*services: Service) -> Iterator[None]:
+    try:
+        start(*services)
+        yield
+    finally:
+        for service in services:
+            service.stop()
+
 
 def log_lines(service: Service, message: str = "(?s).*") -> list[dict[str, Any]]:
     """The log entries since the last start of a service whose message matches."""
     whole = re.findall(rb"^\{.*\}\n", service.log.read_bytes()[service.log_start :], re.MULTILINE)
     return [entry for entry in map(json.loads, whole) if re.fullmatch(message, entry["message"])]
+
+
+def log_line(service: Service, message: str = ".*", **context: Any) -> dict[str, Any]:
+    """Return the only log line with this message and context, without its timestamp."""
+
+    def lines() -> list[dict[str, Any]]:
+        return [one for one in log_lines(service, message) if one.items() >= context.items()]
+
+    (found,) = eventually(lines)
+    return {name: value for name, value in found.items() if name != "timestamp"}
 
 
 @contextmanager

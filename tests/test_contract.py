@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
+from http.client import HTTPConnection
 from itertools import product
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.support import Customer, Database, Servers, eventually
+from tests.support import DIRECT, Customer, Database, Servers, eventually
 
 Customers = Callable[..., Customer]
 
-ACCEPTED = (200, None)
 PAYLOAD = (400, "Payload bukan JSON yang sah.")
 ACCOUNT = (400, "no_rekening harus teks berisi 10 sampai 16 angka.")
 AMOUNT = (400, "nominal harus bilangan bulat 1 sampai 1.000.000.000.000 rupiah.")
@@ -42,14 +43,16 @@ TOKENS = (PAIR, AUTH.rstrip(b"="), AUTH + b"!", b"Basic", b"Basic " + PAIR, b"Ba
 PINS = b"2345678901:23456 2345678901:2345678 2345678901:654321 9999999999:123456 2345678901234567"
 PAIRS = (*PINS.split(), PAIR + b"\n", b"\xff\xfe:\xff", PAIR[:11] + b"\xef\xbc\x91" * 6)
 NO_NUMBERS = ("", "0", "-1", "x", "1.0", "1e1", "%2B1", "%201", "1_0", "%EF%BC%91", "%00")
-# The answer to each of these values in one part of a request. A list: header lines, or chunks.
-EXCHANGES: list[tuple[tuple[int, str | None], str, list[Any]]] = [
-    (ACCEPTED, "payload", [OK, OK.ljust(4096), OK[:-1] + rb', "a": [{}], "b": "\ud83d\ude00"}']),
-    (ACCEPTED, "payload", [[OK[:9], OK[9:]], OK[:-1] + rb', "unknown": "\ud800"}']),
-    (ACCEPTED, "nominal", [b"1000000000000", b'-5, "nominal": 1']),  # the last of two counts
-    (ACCEPTED, "Content-Type", [b"application/a+json", b"application/json; charset=utf-8"]),
-    (ACCEPTED, "Authorization", [b"basic" + AUTH[5:], b"BASIC" + AUTH[5:]]),
-    (ACCEPTED, "Idempotency-Key", [b"~" * 255]),
+# Values in one part of a request. A list: header lines, or chunks.
+ACCEPTED: list[tuple[str, list[Any]]] = [
+    ("payload", [OK, OK.ljust(4096), OK[:-1] + rb', "a": [{}], "b": "\ud83d\ude00"}']),
+    ("payload", [[OK[:9], OK[9:]], OK[:-1] + rb', "unknown": "\ud800"}']),
+    ("nominal", [b"1000000000000", b'-5, "nominal": 1']),  # the last of two counts
+    ("Content-Type", [b"application/a+json", b"application/json; charset=utf-8"]),
+    ("Authorization", [b"basic" + AUTH[5:], b"BASIC" + AUTH[5:]]),
+    ("Idempotency-Key", [b"~" * 255]),
+]
+REFUSED: list[tuple[tuple[int, str], str, list[Any]]] = [
     (AMOUNT, "nominal", b"0 -0 -1 1.0 0.5 1e3 1e400 NaN -Infinity true null [1]".split()),
     (AMOUNT, "nominal", b'1000000000001 9007199254740993 "5" 1,"nominal":-5'.split()),
     (AMOUNT, "payload", [OK.replace(b"11", b"9" * 4000), b'{"no_rekening": "2345678901"}']),
@@ -72,18 +75,16 @@ EXCHANGES: list[tuple[tuple[int, str | None], str, list[Any]]] = [
     (NO_METHOD, "line", ["GET /tabung", "DELETE /tarik?nominal=1", "OPTIONS /tarik"]),
     (NO_METHOD, "line", ["PUT /saldo", "POST /mutasi", "PROPFIND /saldo"]),
 ]
-CASES = [(answer, part, value) for answer, part, values in EXCHANGES for value in values]
 
 
 def send(url: str, line: str, **options: Any) -> httpx.Response:
-    """Send a request over a connection of its own, whatever proxies the environment has."""
+    """Send a request over a connection of its own."""
     method, path = line.split()
-    return httpx.request(method, url + path, timeout=30, trust_env=False, **options)
+    return httpx.request(method, url + path, **DIRECT, **options)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case[1:])[:50])
-def test_every_request_gets_its_documented_answer(url: str, database: Database, case: Any) -> None:
-    (status, remark), part, value = case
+def ask(url: str, part: str, value: Any) -> httpx.Response:
+    """Send a deposit of Siti with another value in one part of the request."""
     line, payload, headers = "POST /tabung", OK, HEADERS
     if part == "line":
         line = value
@@ -94,31 +95,58 @@ def test_every_request_gets_its_documented_answer(url: str, database: Database, 
     else:
         headers = HEADERS | {part: value if isinstance(value, list) else [value]}
     fields = [(name.encode(), text) for name, texts in headers.items() for text in texts]
+    return send(url, line, headers=fields, content=payload)
+
+
+@pytest.mark.parametrize(("part", "values"), ACCEPTED)
+def test_requests_that_are_accepted(
+    url: str, database: Database, part: str, values: list[Any]
+) -> None:
+    for value in values:
+        before = database.saldo(SITI)
+
+        answer = ask(url, part, value)
+
+        assert (answer.status_code, answer.headers["Content-Type"]) == (200, "application/json")
+        assert answer.json() == {"saldo": database.saldo(SITI)}
+        assert answer.json()["saldo"] > before
+
+
+@pytest.mark.parametrize(("expected", "part", "values"), REFUSED)
+def test_every_request_gets_its_documented_answer(
+    url: str, database: Database, expected: tuple[int, str], part: str, values: list[Any]
+) -> None:
     before = database.saldo(SITI)
 
-    answer = send(url, line, headers=fields, content=payload)
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(partial(ask, url, part), values))
 
-    after = database.saldo(SITI)
-    assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/json")
-    assert answer.json() == ({"remark": remark} if remark else {"saldo": after})
-    challenge = 'Basic realm="transaksi", charset="UTF-8"' if status == 401 else None
-    assert answer.headers.get("WWW-Authenticate") == challenge
-    allowed = "POST" if "/ta" in line else "GET"
-    assert answer.headers.get("Allow") == (allowed if status == 405 else None)
-    assert status != 401 or answer.elapsed.total_seconds() > 0.3
-    assert (after != before) == (status == 200)
+    challenge = 'Basic realm="transaksi", charset="UTF-8"' if expected[0] == 401 else None
+    for value, answer in zip(values, answers, strict=True):
+        assert (answer.status_code, answer.json()) == (expected[0], {"remark": expected[1]}), value
+        assert answer.headers["Content-Type"] == "application/json"
+        assert answer.headers.get("WWW-Authenticate") == challenge
+        allowed = "POST" if "/ta" in str(answer.url) else "GET"
+        assert answer.headers.get("Allow") == (allowed if expected == NO_METHOD else None)
+        assert expected[0] != 401 or answer.elapsed.total_seconds() > 0.3
+    assert database.saldo(SITI) == before
 
 
 def test_strangers_get_one_answer_for_every_path(url: str) -> None:
-    lines = {value.partition("?")[0] for _, part, value in CASES if part == "line"}
+    asked = [value for _, part, values in REFUSED for value in values if part == "line"]
+    lines = {line.partition("?")[0] for line in asked}
     files = ("", "/", "/x", "/%2e%2e/README.md", "-x", "/swagger-ui.css/x", "/redoc.js")
     lines |= {f"GET /static-offline-docs{file}" for file in files}
-    asked = product(lines, ({}, {"Connection": "Upgrade", "Upgrade": "websocket"}))
+    upgrades: tuple[dict[str, str], ...] = ({}, {"Connection": "Upgrade", "Upgrade": "websocket"})
 
     with ThreadPoolExecutor(40) as threads:
-        answers = threads.map(lambda ask: send(url, ask[0], headers=ask[1]), asked)
+        answers = [
+            threads.submit(send, url, line, headers=upgrade)
+            for line, upgrade in product(lines, upgrades)
+        ]
 
-    assert {(answer.status_code, answer.json()["remark"]) for answer in answers} == {WRONG_PIN}
+    told = [(answer.result().status_code, answer.result().json()["remark"]) for answer in answers]
+    assert set(told) == {WRONG_PIN}
 
 
 def test_documentation_needs_no_other_host_and_ignores_range(url: str) -> None:
@@ -142,8 +170,6 @@ def test_head_is_answered_like_get_and_post_is_refused(url: str, path: str) -> N
     assert (head.content, head.headers["Content-Length"] > "0") == (b"", True)
     assert (post.status_code, post.json()["remark"]) == NO_METHOD
 
-
-# ---------------------------------------------------------------- what no HTTP client sends
 
 POST = b"POST /tabung HTTP/1.1\r\nContent-Type: application/json\r\n"
 GET = b"GET /health HTTP/1.1\r\n"
@@ -208,11 +234,12 @@ def statuses(answers: str) -> str:
     return " ".join(re.findall(r"HTTP/1\.1 (\d+)", answers))
 
 
-@pytest.mark.parametrize(("expected", "data"), ODD, ids=lambda part: ascii(part[-40:]))
-def test_odd_bytes_are_answered_and_move_nothing(
-    url: str, database: Database, expected: str, data: bytes
-) -> None:
-    assert statuses(exchange(url, data)) == expected
+def test_odd_bytes_are_answered_and_move_nothing(url: str, database: Database) -> None:
+    with ThreadPoolExecutor(len(ODD)) as threads:
+        answers = list(threads.map(partial(exchange, url), [data for _, data in ODD]))
+
+    for (expected, data), answer in zip(ODD, answers, strict=True):
+        assert statuses(answer) == expected, data[-100:]
     assert database("SELECT id FROM transaksi WHERE nominal = %s", ODD_AMOUNT) == []
 
 
@@ -223,9 +250,6 @@ ENDLESS = [(POST, b"X: y\r\n"), (POST, b"x"), (POST + b"X: ", b"x"), (b"POST /",
 def test_endless_heads_and_pipelines_are_cut_off(url: str, start: bytes, piece: bytes) -> None:
     with connect(url) as connection, pytest.raises(ConnectionError):
         connection.sendall(start + piece * (50_000_000 // len(piece)))
-
-
-# ---------------------------------------------------------------- timeouts
 
 
 @pytest.fixture(scope="module")
@@ -246,28 +270,59 @@ OUTCOME_UNKNOWN = (
 
 
 def test_timeouts_tell_whether_money_may_have_moved(ani: Customer, database: Database) -> None:
-    with database.holding("LOCK rekening, mutasi"):
-        reads = [ani.client.get(path) for path in ("/saldo", "/mutasi")]
-        deposit = ani.deposit(1)
+    with database.holding("LOCK rekening, mutasi"), ThreadPoolExecutor() as threads:
+        reads = [threads.submit(ani.client.get, path) for path in ("/saldo", "/mutasi")]
+        deposit = threads.submit(ani.deposit, 1)
 
-    for answer in reads:
+    for answer in [read.result() for read in reads]:
         assert (answer.status_code, answer.json()) == (503, {"remark": NOT_EXECUTED})
         assert answer.headers["Retry-After"] == "1"
-    assert (deposit.status_code, deposit.json()) == (503, {"remark": OUTCOME_UNKNOWN})
-    assert "Retry-After" not in deposit.headers
+    unknown = deposit.result()
+    assert (unknown.status_code, unknown.json()) == (503, {"remark": OUTCOME_UNKNOWN})
+    assert "Retry-After" not in unknown.headers
 
 
 def test_stalled_heads_and_payloads_are_ended(ani: Customer) -> None:
-    url = str(ani.client.base_url)
-    assert exchange(url, POST) == ""
-    for payload in (CHUNK, PLAIN[:-1]):
-        answers = exchange(url, POST + PIN + payload)
+    stalled = (POST, POST + PIN + CHUNK, POST + PIN + PLAIN[:-1])
+
+    with ThreadPoolExecutor() as threads:
+        head, *payloads = threads.map(partial(exchange, str(ani.client.base_url)), stalled)
+
+    assert head == ""
+    for answers in payloads:
         assert statuses(answers) == "503"
         assert "\r\nretry-after: 1\r\n" in answers
         assert NOT_EXECUTED in answers
 
 
-# ---------------------------------------------------------------- balance, statement, document
+def test_a_head_that_trickles_in_is_cut_off_in_time(ani: Customer) -> None:
+    def trickle(client: socket.socket) -> None:
+        for _ in range(300):
+            client.sendall(b"x")
+            time.sleep(0.1)
+
+    with connect(str(ani.client.base_url)) as client:
+        client.sendall(b"GET /saldo HTTP/1.1\r\nCookie: ")
+        with pytest.raises(ConnectionError):
+            trickle(client)
+
+
+def status(connection: HTTPConnection) -> int:
+    connection.request("GET", "/openapi.json")
+    with connection.getresponse() as answer:
+        answer.read()
+        return answer.status
+
+
+@pytest.fixture(scope="module", autouse=True)
+def idle(url: str) -> Iterator[tuple[list[HTTPConnection], float]]:
+    """Connections that are used once, before the other tests, and since when they are idle."""
+    address = httpx.URL(url)
+    connections = [HTTPConnection(address.host, address.port, timeout=30) for _ in range(50)]
+    assert {status(connection) for connection in connections} == {200}
+    yield connections, time.monotonic()
+    for connection in connections:
+        connection.close()
 
 
 def test_balance_ends_at_2_to_53_minus_1(url: str, database: Database, customer: Customers) -> None:
@@ -340,3 +395,12 @@ def test_payload_and_parameters_are_documented(url: str) -> None:
     assert key["schema"]["pattern"] == "^[ -~]{1,255}$"
     assert limit["schema"].items() >= {"minimum": 1, "maximum": 100, "default": 20}.items()
     assert before["schema"]["anyOf"][0].items() >= {"minimum": 1, "maximum": 2**63 - 1}.items()
+
+
+def test_a_connection_may_be_idle_for_long(idle: tuple[list[HTTPConnection], float]) -> None:
+    """The last test, so that the others have used the time."""
+    connections, since = idle
+
+    time.sleep(max(0, since + 6 - time.monotonic()))  # uvicorn's own limit is 5 s
+
+    assert {status(connection) for connection in connections} == {200}

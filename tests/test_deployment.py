@@ -40,28 +40,21 @@ def flags(arguments: list[str]) -> list[str]:
 
 
 @each_service
-def test_image_arguments_and_memory_are_those_of_compose(name: str) -> None:
+def test_image_arguments_memory_and_environment_are_those_of_compose(name: str) -> None:
     service, container = SERVICES[name], CONTAINERS[name]
-
-    memory = container["resources"]["limits"]["memory"]
-
-    assert container["image"] == compose_image(name)
-    assert flags(container["args"]) == flags(service["command"])
-    assert memory == service["mem_limit"].upper() + "i"
-
-
-@each_service
-def test_environment_is_that_of_compose(name: str) -> None:
     expected = {
         variable: re.sub(r"\$\{(\w+).*\}", r"secret \1", value)
-        for variable, value in SERVICES[name].get("environment", {}).items()
+        for variable, value in service.get("environment", {}).items()
     }
 
     environment = {
         entry["name"]: entry.get("value") or f"secret {entry['valueFrom']['secretKeyRef']['key']}"
-        for entry in CONTAINERS[name].get("env", [])
+        for entry in container.get("env", [])
     }
 
+    assert container["image"] == compose_image(name)
+    assert flags(container["args"]) == flags(service["command"])
+    assert container["resources"]["limits"]["memory"] == service["mem_limit"].upper() + "i"
     assert environment == expected
 
 
@@ -78,23 +71,17 @@ def test_pod_meets_the_restricted_standard(name: str) -> None:
     assert not re.search("host(Network|PID|IPC|Port)|privileged|initContainers", str(pod))
 
 
-@pytest.mark.parametrize("probe", ["readinessProbe", "livenessProbe"])
-def test_database_outage_neither_restarts_nor_removes_transaksi(probe: str) -> None:
-    assert CONTAINERS["transaksi"][probe]["httpGet"]["path"] == "/docs"
+def test_a_database_outage_neither_restarts_nor_removes_a_container() -> None:
+    transaksi, mutasi = CONTAINERS["transaksi"], CONTAINERS["mutasi"]
 
-
-def test_database_outage_does_not_restart_mutasi() -> None:
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert transaksi[probe]["httpGet"]["path"] == "/docs"
     health_check = SERVICES["mutasi"]["healthcheck"]["test"]
-
-    mutasi = CONTAINERS["mutasi"]
-
     assert mutasi["readinessProbe"]["exec"]["command"] == health_check[1:]
     assert not mutasi.keys() & {"livenessProbe", "startupProbe"}
 
 
 def test_dockerfiles_differ_only_in_the_name_of_the_service() -> None:
-    transaksi, mutasi = (
-        (ROOT / name / "Dockerfile").read_text() for name in ("transaksi", "mutasi")
-    )
+    transaksi = (ROOT / "transaksi/Dockerfile").read_text()
 
-    assert transaksi.replace("transaksi", "mutasi") == mutasi
+    assert transaksi.replace("transaksi", "mutasi") == (ROOT / "mutasi/Dockerfile").read_text()

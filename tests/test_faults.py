@@ -4,13 +4,13 @@ The fixture `bank` ends each test with `Bank.check`: every answer was true, no k
 money twice, and in the end balances, journal and booked movements agree.
 """
 
-import base64
 import os
 import re
 import select
 import shutil
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,57 +18,26 @@ from functools import partial
 from http.client import HTTPConnection
 from random import randint
 from signal import SIGINT, SIGKILL, SIGQUIT
+from typing import Any
 from uuid import uuid4
 
 import httpx
 import pytest
+from sqlalchemy import create_engine
 
 from common.stream import DEAD_LETTERS, STREAM, MutationRequest
 from dev.local import HOST, PIN
-from tests.load import PATIENT, Bank, Request, get, hung
-from tests.support import eventually, log_lines, new_servers
+from tests.load import Bank, Request, configured, get, hung
+from tests.support import eventually, log_lines, running
+from transaksi.datastore import lock_balances
 
 LOCK_WAITERS = "FROM pg_stat_activity WHERE wait_event_type = 'Lock' OR wait_event = 'PgSleep'"
 END_WAITING = f"SELECT pg_terminate_backend(pid, 5000) {LOCK_WAITERS}"
 END_SESSIONS = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = %s"
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Bank]:
-    with new_servers() as servers:
-        yield (bank := Bank(servers))
-        assert {bank.transaksi.stop(timeout=8), bank.mutasi.stop(timeout=8)} == {0}
-        assert not re.search("deadlock detected|duplicate key", servers.postgres.log.read_text())
-
-
-@pytest.fixture
-def bank(shared: Bank) -> Iterator[Bank]:
-    shared.loads.clear()
-    shared.repair()
-    shared.stream.flushall()
-    for service in (shared.mutasi, shared.transaksi):
-        service.log_start = service.log.stat().st_size  # `log_lines` begins here
-    yield shared
-    shared.check()
-
-
-@contextmanager
-def configured(bank: Bank, setting: str, value: str) -> Iterator[None]:
-    """Change a setting of the PostgreSQL server during the block."""
-    reload = ("-c", "SELECT pg_reload_conf()")
-    bank.sql.server.psql("-c", f"ALTER SYSTEM SET {setting} = '{value}'", *reload)
-    try:
-        yield
-    finally:
-        bank.sql.server.psql("-c", f"ALTER SYSTEM RESET {setting}", *reload)
-
-
-# ---------------------------------------------------------------- first, while tables are small
-
-
 def test_no_plan_reads_a_whole_table(bank: Bank) -> None:
     """Plans are cached, and those that were made while tables were small are used later."""
-    bank.sql.audit()
     bank.sql("ANALYZE")
     # Our own sessions scan tables; they have been counted when the session has gone.
     ours = "usename = 'postgres' AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
@@ -87,22 +56,18 @@ def test_no_plan_reads_a_whole_table(bank: Bank) -> None:
     assert bank.sql(counters)[0][0] == scans
 
 
-# ---------------------------------------------------------------- service transaksi
-
-
 def test_sigterm_under_load_of_64_clients_answers_what_was_accepted(bank: Bank) -> None:
-    second = bank.service("transaksi", *PATIENT)
-    with second, bank.load(bank.transaksi, second, connections=64) as load:
+    with bank.load(connections=64) as load:
         load.wait(1000)
-        assert [bank.transaksi.stop(timeout=8), second.stop(timeout=8)] == [0, 0]
+        assert bank.transaksi.stop(timeout=8) == 0
 
     assert load.statuses().keys() <= {200, None}
     assert bank.journal().keys().isdisjoint(r.key for r in load.sent if r.unknown)
 
 
 def test_sigterm_answers_and_sends_what_waits(bank: Bank) -> None:
-    calm = bank.service("transaksi", "--request-timeout", "40", "--resend-after", "3600")
-    with hung(bank.transaksi), calm:  # so that nobody resends anything
+    calm = bank.started(bank.calm)
+    with hung(bank.transaksi):  # so that nobody resends anything
         with ThreadPoolExecutor() as pool, bank.queued(bank.deposits(60), calm) as load:
             stopping = pool.submit(calm.stop, timeout=8)
             with pytest.raises(httpx.TransportError):  # new connections are refused
@@ -116,8 +81,7 @@ def test_sigterm_answers_and_sends_what_waits(bank: Bank) -> None:
 def test_one_key_50_times_at_once_over_two_instances_moves_money_once(bank: Bank) -> None:
     repeats = bank.deposits(50, key=uuid4().hex)
 
-    with bank.service("transaksi", *PATIENT) as second:
-        assert bank.send(repeats, bank.transaksi, second) == {200}
+    assert bank.send(repeats, bank.transaksi, bank.started(bank.calm)) == {200}
 
     assert [r.replayed for r in repeats].count(False) == 1
     assert len({r.saldo for r in repeats}) == 1
@@ -126,40 +90,55 @@ def test_one_key_50_times_at_once_over_two_instances_moves_money_once(bank: Bank
 def test_repeats_of_a_key_that_wait_together_are_posted_in_order(bank: Bank) -> None:
     """The first is refused, and the deposit after it makes the second possible."""
     account = bank.sql.open_account()
-    token = base64.b64encode(f"{account}:{PIN}".encode()).decode()
-    headers = {"Authorization": f"Basic {token}", "Content-Type": "application/json"}
     get(bank.transaksi, "/saldo", account)  # caches the PIN
-    connections = []
+    token = b64encode(f"{account}:{PIN}".encode()).decode()
+    headers = {"Authorization": f"Basic {token}", "Content-Type": "application/json"}
+    connections = [HTTPConnection(HOST, bank.transaksi.port, timeout=60) for _ in range(5)]
+    movements = [("/tarik", 20), ("/tabung", 90), ("/tarik", 20), ("/tarik", 20), ("/tarik", 30)]
 
     with bank.queued(bank.deposits(1)):
-        for path, nominal, key in (
-            ("/tarik", 20, "one"),
-            ("/tabung", 90, "two"),
-            ("/tarik", 20, "one"),
-            ("/tarik", 20, "one"),
-            ("/tarik", 30, "one"),
-        ):
-            connection = HTTPConnection(HOST, bank.transaksi.port, timeout=60)
+        for connection, (path, nominal) in zip(connections, movements, strict=True):
             body = f'{{"no_rekening": "{account}", "nominal": {nominal}}}'
-            connection.request("POST", path, body, headers | {"Idempotency-Key": key})
+            connection.request("POST", path, body, headers | {"Idempotency-Key": path})
             get(bank.transaksi, "/openapi.json")  # by now it waits
-            connections.append(connection)
+    statuses = [connection.getresponse().status for connection in connections]
+    for connection in connections:
+        connection.close()
 
-    assert [one.getresponse().status for one in connections] == [400, 200, 200, 200, 422]
-    for one in connections:
-        one.close()
+    assert statuses == [400, 200, 200, 200, 422]
+
+
+def test_two_tellers_lock_accounts_in_one_order(bank: Bank) -> None:
+    """One account is held until both wait. In two orders, they would deadlock."""
+    accounts = [bank.sql.open_account() for _ in range(20)]
+    engine = create_engine(bank.sql.server.url("transaksi").replace("://", "+psycopg2://"))
+
+    def lock_all() -> int:
+        with engine.connect() as connection:
+            return len(lock_balances(connection, accounts))
+
+    with ThreadPoolExecutor() as pool:
+        with bank.sql.holding(
+            "SELECT FROM rekening WHERE no_rekening = %s FOR UPDATE", accounts[0]
+        ):
+            tellers = [pool.submit(lock_all) for _ in range(2)]
+            eventually(lambda: bank.sql(f"SELECT count(*) {LOCK_WAITERS}") == [(2,)])
+        locked = [teller.result() for teller in tellers]
+    engine.dispose()
+
+    assert locked == [20, 20]
 
 
 def test_a_full_queue_refuses_the_excess(bank: Bank) -> None:
-    few = "from transaksi.app import Teller\nTeller.MAX_WAITING = 5"
+    faulty = bank.started(bank.faulty)
 
-    with bank.patched(few) as full, bank.queued(bank.deposits(60), full) as load:
+    with bank.queued(bank.deposits(60), faulty) as load:
         eventually(lambda: load.statuses()[503] >= 30)
         assert load.statuses().keys() == {503}
 
     assert load.statuses()[200] == 60 - load.statuses()[503] >= 5
     assert not any(r.unknown for r in load.sent)
-    assert {line["reason"] for line in log_lines(full, "request failed")} == {"queue full"}
+    assert {line["reason"] for line in log_lines(faulty, "request failed")} == {"queue full"}
 
 
 def test_a_movement_that_the_database_refuses_fails_alone(bank: Bank) -> None:
@@ -177,17 +156,13 @@ def test_a_movement_that_the_database_refuses_fails_alone(bank: Bank) -> None:
 
 
 def test_an_unexpected_error_before_commit_means_not_executed(bank: Bank) -> None:
-    bug = """from transaksi import datastore
-record = datastore.record
-datastore.record = lambda db, rows: [record(db, rows), 1 / (rows[0]["nominal"] - 666)][0]"""
-    bad, good = bank.deposits(1, nominal=666), bank.deposits(1)
+    faulty, bad = bank.started(bank.faulty), bank.deposits(1, nominal=666)
 
-    with bank.patched(bug) as service:
-        assert bank.send(bad, service) == {503}
-        assert bank.send(good, service) == {200}  # the process goes on
+    assert bank.send(bad, faulty) == {503}
+    assert bank.send(bank.deposits(1), faulty) == {200}  # the process goes on
 
     assert not bad[0].unknown
-    (line,) = log_lines(service, "unexpected error")
+    (line,) = log_lines(faulty, "unexpected error")
     assert (line["level"], "ZeroDivisionError" in line["error"]) == ("ERROR", True)
 
 
@@ -211,29 +186,14 @@ def test_a_connection_lost_at_commit_means_an_unknown_outcome(bank: Bank) -> Non
     assert [(r.status, r.unknown) for r in requests] == [(503, True)]
 
 
-def test_a_batch_of_replays_commits_too(bank: Bank) -> None:
-    """Commits wait for a synchronous standby. Here it is missing."""
-
-    def replay_is_unknown() -> bool:
-        bank.send(again := bank.deposits(1, key=first.key), quick)
-        return again[0].status == 503 and again[0].unknown
-
-    with bank.service("transaksi", "--request-timeout", "1") as quick:
-        (first,) = deposits = bank.deposits(1)
-        assert bank.send(deposits, quick) == {200}
-        with configured(bank, "synchronous_standby_names", "missing"):
-            eventually(replay_is_unknown)
-
-
 def test_a_task_that_dies_stops_the_process(bank: Bank) -> None:
-    bug = "from transaksi.stream import Stream\nStream.hand_over = None"
+    faulty = bank.started(bank.faulty)
 
-    with bank.patched(bug) as service:
-        assert bank.send(bank.deposits(1), service) == {200}
-        eventually(lambda: not service.running)
+    assert bank.send(bank.deposits(1, nominal=667), faulty) == {200}
+    eventually(lambda: not faulty.running)
 
-    (line,) = log_lines(service, "a task failed")
-    assert (line["level"], "TypeError" in line["error"]) == ("CRITICAL", True)
+    (line,) = log_lines(faulty, "a task failed")
+    assert (line["level"], "ZeroDivisionError" in line["error"]) == ("CRITICAL", True)
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.long)])
@@ -270,16 +230,13 @@ def test_a_full_disk_and_a_log_reader_that_leaves_harm_no_movement(bank: Bank) -
     mutasi.console = True  # so that nobody waits for its first line
 
     bank.mutasi.stop()
-    with mutasi, transaksi:
+    with running(mutasi, transaksi):
         select.select([reader], [], [], 60)  # until it has written
         os.close(reader)
         for _ in range(3):
             assert bank.send(bank.deposits(50), transaksi) == {200}
         bank.sql.audit()
         assert [transaksi.stop(timeout=8), mutasi.stop(timeout=8)] == [0, 0]
-
-
-# ---------------------------------------------------------------- PostgreSQL
 
 
 def test_after_a_restart_of_postgresql_nobody_meets_a_stale_connection(bank: Bank) -> None:
@@ -305,12 +262,13 @@ def test_while_postgresql_is_unavailable_nothing_is_executed(bank: Bank, signal:
         load.wait()
 
     assert load.statuses().keys() == {200, 503}
+    assert "/health" in {line["path"] for line in log_lines(bank.transaksi, "request failed")}
 
 
 def test_postgresql_that_hangs_delays_no_answer(bank: Bank) -> None:
     new = bank.sql.open_account()
-    quick = bank.service("transaksi", "--request-timeout", "1")
-    with quick, bank.load(quick) as load, ThreadPoolExecutor() as pool:
+    quick = bank.started(bank.quick)
+    with bank.load(quick) as load, ThreadPoolExecutor() as pool:
         load.wait()
         with hung(bank.sql.server):
             tried = (("/saldo", new), ("/saldo", bank.accounts[0]), ("/health", ""))
@@ -334,8 +292,6 @@ def test_sessions_that_postgresql_ends_under_load_harm_nobody(bank: Bank) -> Non
 
 
 def test_a_session_that_postgresql_ends_costs_mutasi_no_error(bank: Bank) -> None:
-    bank.sql.audit()
-
     assert bank.sql(END_SESSIONS, "mutasi")
 
     assert bank.send(bank.deposits(1)) == {200}
@@ -346,23 +302,20 @@ def test_a_session_that_postgresql_ends_costs_mutasi_no_error(bank: Bank) -> Non
 def test_defaults_of_another_postgresql_server_do_not_matter(bank: Bank) -> None:
     idle = """state = 'idle' AND usename <> 'postgres' AND state_change > pg_conf_load_time()
         AND clock_timestamp() - state_change > '1 s'"""
+    calm = bank.started(bank.calm)
 
     with (
-        configured(bank, "default_transaction_isolation", "serializable"),
-        configured(bank, "idle_session_timeout", "500ms"),
-        bank.service("transaksi", *PATIENT) as second,
+        configured(bank.sql.server, "default_transaction_isolation", "serializable"),
+        configured(bank.sql.server, "idle_session_timeout", "500ms"),
     ):
-        with bank.load(bank.transaksi, second) as load:
+        with bank.load(bank.transaksi, calm) as load:
             load.wait(300)
         eventually(lambda: bank.sql(f"SELECT 1 FROM pg_stat_activity WHERE {idle}"))
         bank.sql.audit()
 
     assert load.statuses().keys() == {200}
-    for service in (bank.transaksi, second, bank.mutasi):
+    for service in (bank.transaksi, calm, bank.mutasi):
         assert "ERROR" not in {line["level"] for line in log_lines(service)}
-
-
-# ---------------------------------------------------------------- Redis
 
 
 def test_redis_unavailable_or_hung_fails_no_movement(bank: Bank) -> None:
@@ -383,14 +336,12 @@ def test_redis_unavailable_or_hung_fails_no_movement(bank: Bank) -> None:
     assert load.statuses().keys() == {200}
 
 
-@pytest.mark.parametrize("loss", ["flushed", "trimmed", "wiped"])
+@pytest.mark.parametrize("loss", ["trimmed", "wiped"])
 def test_what_redis_loses_is_resent(bank: Bank, loss: str) -> None:
     with bank.load() as load, hung(bank.mutasi):
         load.wait()
         eventually(lambda: bank.stream.xlen(STREAM) > 60)
-        if loss == "flushed":
-            bank.stream.flushall()
-        elif loss == "trimmed":
+        if loss == "trimmed":
             newest = bank.stream.xrevrange(STREAM, count=10)
             bank.stream.xdel(STREAM, *[entry for entry, _ in newest])
             bank.stream.xtrim(STREAM, maxlen=10, approximate=False)
@@ -440,22 +391,23 @@ def test_a_full_redis_fails_no_movement_and_bad_messages_do_not_block_it(bank: B
     assert bank.stream.xlen(DEAD_LETTERS) == 0
 
 
-# ---------------------------------------------------------------- service mutasi and messages
-
-
 def test_while_mutasi_is_unavailable_the_age_of_the_outbox_is_reported(bank: Bank) -> None:
     clock = "ALTER TABLE transaksi ALTER tanggal_transaksi SET DEFAULT clock_timestamp()"
-    with bank.service("transaksi", "--resend-after", "4") as slow, hung(bank.mutasi):
-        bank.sql(f"{clock} - interval '14 s'")
-        bank.send(bank.deposits(1))
-        bank.sql(clock)
-        for service, level in ((bank.transaksi, "ERROR"), (slow, "WARNING")):  # R is 1, 4
-            line, *_ = eventually(partial(log_lines, service, "outbox is behind"))
-            assert (line["level"], line["age_s"] >= 14) == (level, True)
-        with bank.load() as load:
-            load.wait()
 
-    assert load.statuses().keys() == {200}
+    def told(level: str) -> list[Any]:
+        lines = log_lines(bank.transaksi, "outbox is behind")
+        return [line["age_s"] for line in lines if line["level"] == level]
+
+    for seconds, level in ((4, "WARNING"), (14, "ERROR")):  # more than 3R and 10R
+        bank.sql.audit()  # mutasi holds no lock
+        with hung(bank.mutasi):
+            bank.sql(f"{clock} - interval '{seconds} s'")
+            bank.send(bank.deposits(1))
+            bank.sql(clock)
+            assert eventually(partial(told, level))[0] >= seconds
+            with bank.load() as load:
+                load.wait()
+        assert load.statuses().keys() == {200}
 
 
 @contextmanager
@@ -494,20 +446,21 @@ def test_a_forged_message_is_not_booked(bank: Bank, order: str, letters: int) ->
     assert b"987654321" not in bank.mutasi.log.read_bytes()
 
 
+SQL = "'; DROP TABLE rekening; --|' OR '1'='1|$$; SELECT 1; $$|{1}|%(no)s :no \\|"
 NUMBERS = "1e3| 5|+5|5.0|\u0665|0|-5||5_0|05|0x5|5\n|5\0|99999999999999999999|\udcff5"
 DATES = "now|infinity||2026-01-31|1767225600|2026-01-31T00:00:00+00:00|2026-01-31T00:00:00.000000"
 ZONES = "|2026-01-31T00:00:00.000000+07:00|2026-01-31T00:00:00.000000Z|2026-02-30T00:00:00.000000Z"
 ACCOUNTS = f"123|1234567890\n|1234567890\0|{chr(0x665) * 10}|{'1' * 1_000_000}|Zoë"
 FORGED = "ForeignKeyViolation 23503 mutasi_id_transaksi_no_rekening_jenis_transaksi_nominal_ta_fkey"
 BAD = [  # field, values, reason
-    ("id_transaksi", NUMBERS, "id_transaksi: value_error|UnicodeDecodeError"),
+    ("id_transaksi", SQL + NUMBERS, "id_transaksi: value_error|UnicodeDecodeError"),
     ("id_transaksi", "9223372036854775808", "id_transaksi: less_than"),
-    ("nominal", NUMBERS, "nominal: value_error|UnicodeDecodeError"),
+    ("nominal", SQL + NUMBERS, "nominal: value_error|UnicodeDecodeError"),
     ("nominal", "1000000000001", "nominal: less_than_equal"),
-    ("tanggal_transaksi", DATES + ZONES, "tanggal_transaksi: value_error"),
-    ("no_rekening", ACCOUNTS, "no_rekening: string_pattern_mismatch"),
-    ("jenis_transaksi", "setor|Tarik||tarik\0", "jenis_transaksi: literal_error"),
-    ("traceparent", "00-1|\0", "traceparent: string_pattern_mismatch"),
+    ("tanggal_transaksi", SQL + DATES + ZONES, "tanggal_transaksi: value_error"),
+    ("no_rekening", SQL + ACCOUNTS, "no_rekening: string_pattern_mismatch"),
+    ("jenis_transaksi", SQL + "setor|Tarik||tarik\0", "jenis_transaksi: literal_error"),
+    ("traceparent", SQL + "00-1|\0", "traceparent: string_pattern_mismatch"),
     # These have the right form, but differ from the journal.
     ("nominal", "999999", FORGED),
     ("no_rekening", "1234567890", FORGED),

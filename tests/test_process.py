@@ -3,7 +3,6 @@
 import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from sqlalchemy.orm import DeclarativeBase
 from common.telemetry import format_error
 from dev.local import ROOT, Service
 from mutasi import datastore as mutasi_datastore
-from tests.support import Customer, Servers, eventually, log_lines, new_servers
+from tests.support import Customer, Servers, eventually, log_line, log_lines, new_servers
 from transaksi import datastore as transaksi_datastore
 
 Bank = tuple[Servers, list[Service]]
@@ -29,16 +28,17 @@ Customers = Callable[..., Customer]
 
 @pytest.fixture(scope="module")
 def bank() -> Iterator[Bank]:
-    """Both services, which started before their servers, as did two whose database never comes.
+    """Both services, which started before their servers, and both with passwords that are refused.
 
-    They have no password for Redis, which asks for none.
+    The first two have no password for Redis, which asks for none.
     """
+    refused = {"DB_PASSWORD": "postgres-dev", "REDIS_PASSWORD": "redis-dev"}
     with new_servers() as servers, ExitStack() as stack:
         new = partial(servers.service, environment={"REDIS_PASSWORD": ""})
         services = [
             new("transaksi", "--resend-after", "1"),
             new("mutasi", "--log-level", "debug"),
-            *(new(name, "--db-name", "never") for name in ("transaksi", "mutasi")),
+            *(servers.service(name, environment=refused) for name in ("transaksi", "mutasi")),
         ]
         servers.postgres.stop()
         servers.redis.stop()
@@ -57,19 +57,6 @@ def bank() -> Iterator[Bank]:
 def ani(bank: Bank, customer: Customers) -> Customer:
     servers, (transaksi, *_) = bank
     return customer(transaksi.url, servers.database.open_account(50))
-
-
-def line(service: Service, **context: Any) -> dict[str, Any]:
-    """Return the only log line with this context, without its timestamp."""
-
-    def lines() -> list[dict[str, Any]]:
-        return [entry for entry in log_lines(service) if entry.items() >= context.items()]
-
-    (found,) = eventually(lines)
-    return {name: value for name, value in found.items() if name != "timestamp"}
-
-
-# ---------------------------------------------------------------- options and secrets
 
 
 def test_help_and_readme_list_the_same_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,15 +88,17 @@ def test_a_refused_argument_is_a_usage_error(
 
 @pytest.mark.parametrize(("name", "secret"), [("transaksi", "DB_USER"), ("mutasi", "DB_PASSWORD")])
 def test_a_missing_secret_is_one_clear_line(name: str, secret: str) -> None:
-    environment = os.environ | {"DB_USER": name, "DB_PASSWORD": "x"} | {secret: ""}
-    command = [sys.executable, "-m", name]
+    environment = {"DB_USER": name, "DB_PASSWORD": "x", secret: ""}
 
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    with (
+        patch.dict(os.environ, environment),
+        patch.object(sys, "argv", [name]),
+        pytest.raises(SystemExit) as ended,
+    ):
+        runpy.run_module(name, run_name="__main__")
 
-    told = f"cannot start: the environment variable {secret} is missing\n"
-    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", told)
+    # Python writes it to stderr, and the exit status is 1.
+    assert ended.value.code == f"cannot start: the environment variable {secret} is missing"
 
 
 def test_a_port_that_is_taken_ends_the_service_with_one_line(servers: Servers) -> None:
@@ -122,18 +111,11 @@ def test_a_port_that_is_taken_ends_the_service_with_one_line(servers: Servers) -
     assert error["message"].lower().endswith("address already in use")
 
 
-@pytest.mark.parametrize("name", ["transaksi", "mutasi"])
-def test_a_development_password_is_a_warning(servers: Servers, name: str) -> None:
-    passwords = {"DB_PASSWORD": "postgres-dev", "REDIS_PASSWORD": "redis-dev"}
-    service = servers.service(name, environment=passwords)
-
-    with patch.object(Service, "_ready", return_value=True), service:
-        lines = eventually(lambda: log_lines(service, "development password in use")[1:])
-
-    assert (lines[0]["level"], lines[0]["variable"]) == ("WARNING", "REDIS_PASSWORD")
-
-
-# ---------------------------------------------------------------- log lines, start and end
+def test_a_development_password_is_a_warning(bank: Bank) -> None:
+    for service in bank[1][2:]:
+        lines = log_lines(service, "development password in use")
+        told = [(line["level"], line["variable"]) for line in lines]
+        assert told == [("WARNING", "DB_PASSWORD"), ("WARNING", "REDIS_PASSWORD")]
 
 
 def test_services_that_started_before_their_servers_recover(bank: Bank, ani: Customer) -> None:
@@ -145,21 +127,23 @@ def test_settings_are_logged_at_the_start(bank: Bank) -> None:
     servers, (transaksi, mutasi, *_) = bank
     shared = {"db_host": "127.0.0.1", "db_port": servers.postgres.port, "db_name": "tabungan"}
 
-    line(transaksi, message="starting", level="INFO", max_pin_failures=5, **shared)
-    line(mutasi, message="starting", level="INFO", log_level="DEBUG", **shared)
+    log_line(transaksi, message="starting", level="INFO", max_pin_failures=5, **shared)
+    log_line(mutasi, message="starting", level="INFO", log_level="DEBUG", **shared)
     assert log_lines(transaksi, "development password.*") == []
 
 
 def test_a_movement_is_logged_by_both_services(bank: Bank, ani: Customer) -> None:
     servers, (transaksi, mutasi, *_) = bank
-    assert ani.deposit(10).status_code == 200
-    journal = "SELECT max(id), max(tanggal_transaksi) FROM transaksi WHERE nominal = 10"
-    ((number, moment),) = servers.database(journal)
+    traceparent = f"00-{'1' * 32}-{'2' * 16}-01"  # which counts for nothing without tracing
+    assert ani.deposit(10, traceparent=traceparent).status_code == 200
+    journal = "SELECT id, tanggal_transaksi, traceparent FROM transaksi WHERE nominal = 10"
+    ((number, moment, trace),) = servers.database(journal)
+    assert trace is None
     movement = {"jenis_transaksi": "tabung", "nominal": 10, "id_transaksi": number}
     movement |= {"no_rekening": f"******{ani.no_rekening[-4:]}"}
 
-    answered = line(transaksi, id_transaksi=number)
-    stored = line(mutasi, id_transaksi=number)
+    answered = log_line(transaksi, id_transaksi=number)
+    stored = log_line(mutasi, id_transaksi=number)
 
     assert (answered.pop("service"), answered.pop("duration_ms") > 0) == ("transaksi", True)
     what = {"method": "POST", "path": "/tabung", "status": 200}
@@ -176,8 +160,8 @@ def test_refusals_are_warnings(bank: Bank, ani: Customer, customer: Customers) -
     assert (ani.withdraw(51).status_code, thief.deposit(1).status_code) == (400, 401)
     refused = {"no_rekening": f"******{ani.no_rekening[-4:]}", "message": "request refused"}
 
-    refusal = line(transaksi, **refused, status=400)
-    guess = line(transaksi, **refused, status=401)
+    refusal = log_line(transaksi, **refused, status=400)
+    guess = log_line(transaksi, **refused, status=401)
 
     assert (refusal["level"], refusal["reason"]) == ("WARNING", "insufficient balance")
     assert (refusal["remark"], refusal["nominal"]) == ("Saldo tidak mencukupi.", 51)
@@ -188,7 +172,7 @@ def test_a_5xx_is_an_error(bank: Bank, ani: Customer, customer: Customers) -> No
     _, (*_, never, _) = bank
     assert customer(never.url, ani.no_rekening).deposit(1).status_code == 503
 
-    assert line(never, message="request failed", status=503)["level"] == "ERROR"
+    assert log_line(never, message="request failed", status=503)["level"] == "ERROR"
 
 
 def test_debug_lines_are_logged_if_asked_for(bank: Bank, ani: Customer) -> None:
@@ -215,9 +199,6 @@ def test_an_unexpected_error_is_logged_without_its_cause() -> None:
 
     assert re.fullmatch(f'  File "{__file__}", line (?s:.*)\nValueError: shown', told)
     assert "hidden" not in told.replace('"hidden"', "")  # the line of code above
-
-
-# ---------------------------------------------------------------- mapped classes
 
 
 @pytest.mark.parametrize("base", [transaksi_datastore.Base, mutasi_datastore.Base])

@@ -98,27 +98,3 @@ def test_batches_decide_what_would_be_decided_one_by_one(
 
     for _ in range(50):
         asyncio.run(post_some())
-
-
-def test_account_of_another_customer_is_unknown() -> None:
-    app.check_owner(BUDI, BUDI)
-    with pytest.raises(app.UnknownAccount):
-        app.check_owner(BUDI, SITI)
-
-
-@pytest.mark.parametrize(("taken", "error"), [(False, TimeoutError), (True, app.OutcomeUnknown)])
-def test_timeout_is_unknown_once_the_teller_has_it(taken: bool, error: type[Exception]) -> None:
-    async def submit(teller: Teller) -> None:
-        async with asyncio.timeout(0.05):
-            await teller.submit(Movement("tabung", BUDI, 1))
-
-    async def time_out() -> None:
-        teller = Teller(NONE, print)
-        request = asyncio.create_task(submit(teller))
-        await asyncio.sleep(0)
-        if taken:
-            await teller._next_batch()
-        with pytest.raises(error):
-            await request
-
-    asyncio.run(time_out())

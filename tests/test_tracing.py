@@ -19,7 +19,16 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from common.stream import DEAD_LETTERS, STREAM
 from dev.local import HOST, ROOT, Service
 from tests.load import hung
-from tests.support import SECRETS, Customer, Servers, eventually, log_lines, new_servers
+from tests.support import (
+    SECRETS,
+    Customer,
+    Servers,
+    eventually,
+    log_line,
+    log_lines,
+    new_servers,
+    running,
+)
 
 Customers = Callable[..., Customer]
 CHAIN = ["transaksi: POST /tabung", "transaksi: send mutasi", "mutasi: process mutasi"]
@@ -75,9 +84,8 @@ def bank() -> Iterator[Bank]:
             image = dict(re.findall(r"(OTEL_\w+)=(\S+)", (ROOT / name / "Dockerfile").read_text()))
             how: dict[str, Any] = {"python": INSTRUMENTED, "environment": image | otel}
             services.append(servers.service(name, *options, **how))
-        transaksi, mutasi = services
-        with transaksi, mutasi:
-            yield Bank(servers, collector, transaksi, mutasi)
+        with running(*services):
+            yield Bank(servers, collector, *services)
         collector.shutdown()
 
 
@@ -122,14 +130,7 @@ def traceparent(number: int, sampled: bool) -> str:
 
 
 def line(service: Service, message: str, account: str) -> dict[str, Any]:
-    """Return the only log line with this message about an account."""
-    masked = f"******{account[-4:]}"
-
-    def lines() -> list[dict[str, Any]]:
-        return [entry for entry in log_lines(service, message) if masked in entry.values()]
-
-    (entry,) = eventually(lines)
-    return dict(entry)
+    return log_line(service, message, no_rekening=f"******{account[-4:]}")
 
 
 @pytest.mark.parametrize("parent", ["", CLIENT_SPAN])
@@ -200,19 +201,6 @@ def test_no_span_has_a_secret_or_the_text_of_an_error(bank: Bank, ani: Customer)
 
     for form in (*SECRETS.values(), r"(?i)confidential|authorization|\b098765\b|failing row"):
         assert not [span for _, span in SPANS if re.search(form, str(span))]
-
-
-def test_without_tracing_neither_lines_nor_messages_have_a_trace(
-    bank: Bank, customer: Customers
-) -> None:
-    with bank.servers.service("transaksi") as transaksi:
-        ani = customer(transaksi.url, bank.servers.database.open_account())
-        parent = traceparent(4, sampled=True)
-        assert ani.deposit(1, traceparent=parent).status_code == 200
-        answered = line(transaksi, "request answered", ani.no_rekening)
-        stored = line(bank.mutasi, "mutation stored", ani.no_rekening)
-
-    assert not {"trace_id", "span_id"} & (answered.keys() | stored.keys())
 
 
 def test_gauges_tell_what_is_not_booked(bank: Bank, ani: Customer) -> None:
