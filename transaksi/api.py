@@ -212,7 +212,7 @@ OPEN_PATHS = {
 async def deposit(movement: MovementRequest, request: Request) -> Response:
     """Deposit. Repeating a key returns the original response.
 
-    503 with Retry-After: not executed. Without: outcome unknown, repeat with the same key.
+    503 with Retry-After: this attempt moved nothing. Without: outcome unknown, repeat the key.
     """
     return await move("tabung", movement, request)
 
@@ -221,7 +221,7 @@ async def deposit(movement: MovementRequest, request: Request) -> Response:
 async def withdraw(movement: MovementRequest, request: Request) -> Response:
     """Withdraw. Repeating a key returns the original response.
 
-    503 with Retry-After: not executed. Without: outcome unknown, repeat with the same key.
+    503 with Retry-After: this attempt moved nothing. Without: outcome unknown, repeat the key.
     """
     return await move("tarik", movement, request)
 
