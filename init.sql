@@ -1,4 +1,4 @@
--- Schema, roles and demo accounts. psql runs it once, as a superuser, on an empty database.
+-- Schema, roles and demo accounts. psql runs it once, on an empty database.
 \set ON_ERROR_STOP on
 \getenv transaksi_password TRANSAKSI_DB_PASSWORD
 \getenv mutasi_password MUTASI_DB_PASSWORD
@@ -19,8 +19,8 @@ FROM (VALUES ('transaksi'), ('mutasi')) AS roles (role), (VALUES
     ('idle_session_timeout', '0'),                   -- pooled connections may be idle
     ('default_transaction_isolation', 'read committed'),  -- what the statements are made for
     ('synchronous_commit', 'on'),                    -- an answered movement is on disk
-    -- Cached plans, such as those of foreign key checks, live as long as the session. A plan
-    -- made on a small table would scan it when it is large.
+    -- A session caches the plans of its foreign key checks. One made while a table is small
+    -- would scan the whole table when it is large.
     ('enable_seqscan', 'off')
 ) AS settings (name, value) \gexec
 

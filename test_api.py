@@ -118,13 +118,10 @@ def test_movement_is_booked_in_the_statement(budi: Customer) -> None:
     assert movement == {"jenis_transaksi": "tabung", "nominal": 250_000, "saldo_akhir": saldo}
 
 
-def test_pages_of_the_statement_join_without_gap(budi: Customer) -> None:
-    budi.booked([budi.post("/tabung", 1_000).json()["saldo"] for _ in range(2)])
-
-    first = budi.get("/mutasi", batas=1)
-    second = budi.get("/mutasi", batas=1, sebelum=first["sebelum"])
-
-    assert first["mutasi"] + second["mutasi"] == budi.get("/mutasi", batas=2)["mutasi"]
+def test_strangers_are_refused(client: httpx.Client) -> None:
+    stranger = Customer(client, "9999999999", "999999")
+    assert answer(stranger.post("/tabung", 1)) == NOT_AUTHENTICATED
+    assert answer(client.get("/saldo")) == NOT_AUTHENTICATED
 
 
 @pytest.mark.skipif(bool(os.environ.get("API_URL")), reason="it would count towards a lock")

@@ -75,6 +75,6 @@ def open_redis(settings: Settings) -> Redis:
 
 
 def is_data_error(error: BaseException | None) -> bool:
-    """Return whether PostgreSQL refused the data (class 22 or 23), so a retry cannot help."""
+    """Return whether PostgreSQL did not take the data (SQLSTATE class 22 or 23)."""
     code = getattr(getattr(error, "orig", None), "pgcode", None) or ""
     return code[:2] in ("22", "23")

@@ -1,7 +1,7 @@
 """Business logic: book each movement once, and tell bad messages from good ones."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sqlalchemy import Engine, RowMapping
@@ -37,37 +37,31 @@ def book_messages(engine: Engine, messages: Iterable[Message]) -> dict[Message, 
 
 
 def book_good(engine: Engine, good: Mapping[Message, MutationRequest]) -> dict[Message, str]:
-    """Book movements in one transaction. Returns those that the database refuses.
+    """Book movements in one transaction, and log the new ones.
 
-    If it refuses the data, each is booked in its own transaction, so that only the bad ones
-    fail.
+    If PostgreSQL does not take the data, each is booked in its own transaction, so that only
+    the bad ones fail. Returns those, each with the reason.
     """
+    if not good:
+        return {}
+    started_ns = time.time_ns()
     try:
-        book(engine, list(good.values()))
+        new = datastore.book(engine, list(good.values()))
     except DBAPIError as error:
         if not is_data_error(error):
             raise
         if len(good) == 1:
             return dict.fromkeys(good, error_summary(error))
-    else:
-        return {}
-    bad: dict[Message, str] = {}
-    for message, request in good.items():
-        bad |= book_good(engine, {message: request})
-    return bad
-
-
-def book(engine: Engine, requests: Sequence[MutationRequest]) -> None:
-    """Book movements in one transaction, and log the new ones."""
-    if not requests:
-        return
-    started_ns = time.time_ns()
-    new = datastore.book(engine, requests)
-    parents = {request.id_transaksi: request.traceparent for request in requests}
+        bad: dict[Message, str] = {}
+        for message, request in good.items():
+            bad |= book_good(engine, {message: request})
+        return bad
+    parents = {request.id_transaksi: request.traceparent for request in good.values()}
     for row in new:
         log_stored(row, parents[row["id_transaksi"]], started_ns)
-    if duplicates := len(requests) - len(new):
+    if duplicates := len(good) - len(new):
         log.warning("duplicate messages ignored", count=duplicates)
+    return {}
 
 
 def log_stored(row: RowMapping, parent: str | None, started_ns: int) -> None:

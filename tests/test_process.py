@@ -147,7 +147,7 @@ def test_a_movement_is_logged_by_both_services(bank: Bank, ani: Customer) -> Non
 
     assert (answered.pop("service"), answered.pop("duration_ms") > 0) == ("transaksi", True)
     what = {"method": "POST", "path": "/tabung", "status": 200}
-    what |= {"movement": "accepted", "saldo": 60}
+    what |= {"outcome": "accepted", "saldo": 60}
     assert answered == what | movement | {"message": "request answered", "level": "INFO"}
     assert stored.pop("tanggal_transaksi").replace("Z", "+00:00") == moment.isoformat()
     what = {"service": "mutasi", "message": "mutation stored", "level": "INFO"}

@@ -36,6 +36,7 @@ from transaksi.middleware import (
 from transaksi.protocol import MAX_CONNECTIONS, BoundedHttp
 from transaksi.stream import Stream
 
+# One span for each request, and no log records: those come from structlog.
 TELEMETRY: TelemetryConfig = {
     "operation_spans": False,
     "logs": False,
@@ -62,7 +63,7 @@ def create_app(settings: TransaksiSettings) -> FastAPI:
     stream = Stream(stream_database, redis, settings.resend_after)
     teller = Teller(Database(settings, threads=1), on_commit=stream.hand_over)
     # Of low priority, so that bcrypt does not slow authenticated customers.
-    pin_database = Database(settings, threads=os.cpu_count() or 1, nice=10)
+    pin_database = Database(settings, threads=min(os.cpu_count() or 1, 16), nice=10)
     pins = PinCheck(
         pin_database,
         max_failures=settings.max_pin_failures,

@@ -241,7 +241,7 @@ async def move(
     )
     receipt = await bank(request).move(customer(request), movement)
     outcome = "replayed" if receipt.replayed else "accepted"
-    bind_contextvars(movement=outcome, id_transaksi=receipt.id_transaksi, saldo=receipt.saldo)
+    bind_contextvars(outcome=outcome, id_transaksi=receipt.id_transaksi, saldo=receipt.saldo)
     headers = {"Idempotent-Replayed": "true"} if receipt.replayed else None
     answer = Balance(saldo=receipt.saldo).model_dump_json()
     return Response(answer, headers=headers, media_type="application/json")

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import bcrypt
 from cachetools import TTLCache
@@ -62,8 +62,8 @@ class NotExecuted(BankError):
     """The bank could not do it now. This attempt moved no money; an earlier one may have."""
 
 
-class DataRefused(NotExecuted):
-    """PostgreSQL refuses the data of a movement, for example by a constraint that was added."""
+class BadData(NotExecuted):
+    """PostgreSQL does not take the movement, for example because of a constraint."""
 
 
 class OutcomeUnknown(BankError):
@@ -222,13 +222,14 @@ class Teller:
 def post_batch(engine: Engine, movements: Sequence[Movement]) -> Posted:
     """Post movements in one transaction.
 
-    If the database refuses the data, each is posted in its own transaction, so that only the
-    bad one fails.
+    If PostgreSQL does not take the data, each is posted in its own transaction, so that only
+    the bad one fails.
     """
     try:
         return post(engine, movements)
     except BankError as error:
-        if not isinstance(error, DataRefused) or len(movements) == 1:
+        is_one_bad = isinstance(error, BadData) and len(movements) > 1
+        if not is_one_bad:
             return Posted(dict.fromkeys(movements, error), [])
     posted = Posted({}, [])
     for movement in movements:
@@ -242,9 +243,10 @@ def post(engine: Engine, movements: Sequence[Movement]) -> Posted:
     """Post movements in one transaction, in the order of their arrival.
 
     It commits even if none is accepted: a replayed answer may be sent only once the earlier
-    commit has reached the standby, and a commit waits for that.
+    commit has reached the standby, and a commit waits for that, since the row locks make it
+    one that writes.
 
-    Raises NotExecuted for any error before the commit, DataRefused if the database refuses
+    Raises NotExecuted for any error before the commit, BadData if PostgreSQL does not take
     the data, and OutcomeUnknown for any error from the commit on.
     """
     failure: type[BankError] = NotExecuted
@@ -256,7 +258,7 @@ def post(engine: Engine, movements: Sequence[Movement]) -> Posted:
             return posted
     except Exception as error:
         if failure is NotExecuted and is_data_error(error):
-            failure = DataRefused
+            failure = BadData
         raise failure(reason_of(error)) from error
 
 
@@ -268,30 +270,28 @@ def decide(connection: Connection, movements: Sequence[Movement]) -> Posted:
     balances = datastore.lock_balances(connection, {m.no_rekening for m in movements})
     earlier = datastore.find_by_keys(connection, [m.key for m in movements if m.key])
     outcomes: dict[Movement, Receipt | BankError] = {}
-    replays: list[Movement] = []
-    accepted: list[Movement] = []
-    rows: list[dict[str, Any]] = []
+    accepted: dict[Movement, int] = {}  # with the balance after each
     keys = set(earlier)
     for movement in movements:
         if movement.key in keys:
-            replays.append(movement)
-            continue
+            continue  # a replay, answered last
         try:
             saldo = balance_after(movement, balances)
         except BankError as refusal:
             outcomes[movement] = refusal
             continue
         balances[movement.no_rekening] = saldo
-        accepted.append(movement)
-        rows.append(vars(movement) | {"saldo_akhir": saldo})
+        accepted[movement] = saldo
         if movement.key:
             keys.add(movement.key)
+    rows = [vars(movement) | {"saldo_akhir": saldo} for movement, saldo in accepted.items()]
     journal = datastore.record(connection, rows)
     for movement, row in zip(accepted, journal, strict=True):
         outcomes[movement] = Receipt(row["id"], row["saldo_akhir"], replayed=False)
         earlier[movement.key] = row
-    for movement in replays:
-        outcomes[movement] = replay(movement, earlier[movement.key])
+    for movement in movements:
+        if movement not in outcomes:
+            outcomes[movement] = replay(movement, earlier[movement.key])
     return Posted(outcomes, journal)
 
 

@@ -156,7 +156,7 @@ FIND_BY_KEYS = select(*Transaksi.__table__.c).where(
 def unnest(name: str, column_type: Any) -> ColumnElement[Any]:
     """Return the elements of an array parameter as rows, one array for each column.
 
-    So a batch of any size is the same statement, unlike with a list of VALUES.
+    So a batch of any size is written by the same statements, unlike with lists of VALUES.
     https://www.postgresql.org/docs/18/xfunc-sql.html: several in one SELECT are read in step.
     """
     return func.unnest(bindparam(name, type_=ARRAY(column_type)))
@@ -271,7 +271,7 @@ def count_attempt(
     """Count a PIN attempt before checking it. The last allowed one locks the account.
 
     Returns `pin_hash` and the count `pin_gagal`, or None for an unknown or locked account. A
-    lock cannot end later than one made now, unless a clock was wrong: then it is ignored.
+    lock that ends later than a new one would comes from a wrong clock, and is ignored.
     """
     now = func.clock_timestamp()
     lock_end = now + timedelta(minutes=lock_minutes)

@@ -87,8 +87,10 @@ class Answer:
             if message["status"] == 401:
                 await asyncio.sleep(self._arrived + MIN_401_S - now())
             self.status = message["status"]
-            if not self._timeout.expired():  # otherwise this answers OutcomeUnknown
-                self._timeout.reschedule(None)  # reading the answer may take the client longer
+            # The answer is in time: how long the client takes to read it does not count. An
+            # expired timeout has raised the OutcomeUnknown that is answered here.
+            if not self._timeout.expired():
+                self._timeout.reschedule(None)
             span = trace.get_current_span()
             if span.is_recording():
                 span.set_attributes(get_contextvars())
