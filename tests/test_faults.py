@@ -57,9 +57,10 @@ def test_no_plan_reads_a_whole_table(bank: Bank) -> None:
 
 
 def test_sigterm_under_load_of_64_clients_answers_what_was_accepted(bank: Bank) -> None:
-    with bank.load(connections=64) as load:
+    both = (bank.transaksi, bank.started(bank.calm))
+    with bank.load(*both, connections=64) as load:
         load.wait(1000)
-        assert bank.transaksi.stop(timeout=8) == 0
+        assert [service.stop(timeout=8) for service in both] == [0, 0]
 
     assert load.statuses().keys() <= {200, None}
     assert bank.journal().keys().isdisjoint(r.key for r in load.sent if r.unknown)
