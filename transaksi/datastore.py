@@ -156,35 +156,37 @@ FIND_BY_KEYS = select(*Transaksi.__table__.c).where(
 def unnest(name: str, column_type: Any) -> ColumnElement[Any]:
     """Return the elements of an array parameter as rows, one array for each column.
 
-    So a batch of any size is written by the same statements, unlike with lists of VALUES.
+    So a batch of any size is the same statement, unlike with a list of VALUES.
     https://www.postgresql.org/docs/18/xfunc-sql.html: several in one SELECT are read in step.
     """
     return func.unnest(bindparam(name, type_=ARRAY(column_type)))
 
 
+# What is written for a batch. It is one statement, because each costs a round trip.
+
 # The columns of a new journal row that PostgreSQL does not fill in itself.
 NEW_ROW = [one for one in Transaksi.__table__.c if one.name not in ("id", "tanggal_transaksi")]
-INSERT_JOURNAL = (
+JOURNAL = (
     insert(Transaksi)
     .from_select(
         [one.name for one in NEW_ROW],
         select(*[unnest(f"{one.name}_array", one.type) for one in NEW_ROW]),
     )
     .returning(*Transaksi.__table__.c)
+    .cte("journal")
 )
-INSERT_OUTBOX = insert(Outbox).from_select(
-    [Outbox.id_transaksi],
-    select(unnest("ids", BigInteger)),
-)
+OUTBOX = insert(Outbox).from_select(["id_transaksi"], select(JOURNAL.c.id)).cte("new_outbox")
 NEW_BALANCES = select(
     unnest("accounts", Text).label("no_rekening"),
     unnest("balances", BigInteger).label("saldo"),
 ).subquery()
-UPDATE_BALANCES = (
+BALANCES = (
     update(Rekening)
     .where(Rekening.no_rekening == NEW_BALANCES.c.no_rekening)
     .values(saldo=NEW_BALANCES.c.saldo)
+    .cte("new_balances")
 )
+RECORD = select(JOURNAL).add_cte(OUTBOX, BALANCES)
 
 
 def lock_balances(connection: Connection, accounts: Collection[str]) -> dict[str, int]:
@@ -213,15 +215,10 @@ def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> li
     if not movements:
         return []
     arrays = {f"{one.name}_array": [row[one.name] for row in movements] for one in NEW_ROW}
-    rows = connection.execute(INSERT_JOURNAL, arrays).mappings()
-    journal = sorted(rows, key=itemgetter("id"))  # ids follow the arrays, RETURNING need not
-    connection.execute(INSERT_OUTBOX, {"ids": [row["id"] for row in journal]})
     balances = {row["no_rekening"]: row["saldo_akhir"] for row in movements}  # the last counts
-    connection.execute(
-        UPDATE_BALANCES,
-        {"accounts": list(balances), "balances": list(balances.values())},
-    )
-    return journal
+    new_balances = {"accounts": list(balances), "balances": list(balances.values())}
+    rows = connection.execute(RECORD, arrays | new_balances).mappings()
+    return sorted(rows, key=itemgetter("id"))  # ids follow the arrays, RETURNING need not
 
 
 # ---------------------------------------------------------------- reads
