@@ -44,6 +44,7 @@ def hand_over(stream, journal, hand_over=Stream.hand_over):
 psycopg2.connect, datastore.record, Stream.hand_over = refuse, record, hand_over
 Teller.MAX_WAITING = 5
 """
+GATHERS_LONG = "from transaksi.stream import Stream; Stream.GATHER_S = 60"
 GAPS = """SELECT id FROM (
     SELECT id, saldo_akhir, sum(CASE jenis_transaksi WHEN 'tabung' THEN nominal ELSE -nominal END)
     OVER (PARTITION BY no_rekening ORDER BY id) AS saldo FROM transaksi
@@ -131,7 +132,9 @@ class Bank:
         self.quick = self.service("transaksi", *CALM, "--request-timeout", "1")
         self.refused = self.directory / "refused"
         self.faulty = servers.patched(FAULTS.format(str(self.refused)), *CALM)
-        self.services = [self.mutasi, self.transaksi, self.calm, self.quick, self.faulty]
+        self.slow = servers.patched(GATHERS_LONG, *CALM)
+        transaksi = [self.transaksi, self.calm, self.quick, self.faulty, self.slow]
+        self.services = [self.mutasi, *transaksi]
         self.accounts = [self.sql.open_account(1_000_000_000) for _ in range(4)]
         self.loads: list[Load] = []
 

@@ -67,12 +67,12 @@ def test_sigterm_under_load_of_64_clients_answers_what_was_accepted(bank: Bank) 
 
 
 def test_sigterm_answers_and_sends_what_waits(bank: Bank) -> None:
-    calm = bank.started(bank.calm)
+    slow = bank.started(bank.slow)
     with hung(bank.transaksi):  # so that nobody resends anything
-        with ThreadPoolExecutor() as pool, bank.queued(bank.deposits(60), calm) as load:
-            stopping = pool.submit(calm.stop, timeout=8)
+        with ThreadPoolExecutor() as pool, bank.queued(bank.deposits(60), slow) as load:
+            stopping = pool.submit(slow.stop, timeout=8)
             with pytest.raises(httpx.TransportError):  # new connections are refused
-                eventually(lambda: not get(calm, "/openapi.json"))
+                eventually(lambda: not get(slow, "/openapi.json"))
         assert stopping.result() == 0
         bank.sql.audit()
 

@@ -228,7 +228,7 @@ def test_movements_whose_client_has_left_are_logged_as_accepted(bank: Bank) -> N
     ids = [row[0] for row in bank.sql(journal, account)]
     lines = log_lines(calm)
     assert len(ids) >= 30
-    assert sorted(line["id_transaksi"] for line in lines if "movement" in line) == ids
+    assert sorted(line["id_transaksi"] for line in lines if "outcome" in line) == ids
     assert {line["level"] for line in lines} == {"INFO"}
 
 

@@ -55,7 +55,7 @@ class Statement(BaseModel):
 
 
 class Health(BaseModel):
-    """PostgreSQL answers."""
+    """PostgreSQL takes writes."""
 
     status: str = Field(examples=["ok"])
 
@@ -275,6 +275,6 @@ async def statement(
 
 @router.get("/health", responses={503: ERROR})
 async def health(request: Request) -> Health:
-    """Tell whether PostgreSQL answers. Redis does not matter: movements wait in PostgreSQL."""
+    """Tell whether PostgreSQL takes writes. Redis does not matter: movements wait there."""
     await bank(request).ping()
     return Health(status="ok")

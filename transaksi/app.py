@@ -196,6 +196,8 @@ class Teller:
         """Post batches until cancelled."""
         while True:
             batch = await self._next_batch()
+            if not batch:
+                continue
             movements = [pending.movement for pending in batch]
             posted = await self._database.run(post_batch, movements)
             for pending in batch:
@@ -228,8 +230,7 @@ def post_batch(engine: Engine, movements: Sequence[Movement]) -> Posted:
     try:
         return post(engine, movements)
     except BankError as error:
-        is_one_bad = isinstance(error, BadData) and len(movements) > 1
-        if not is_one_bad:
+        if not isinstance(error, BadData) or len(movements) == 1:
             return Posted(dict.fromkeys(movements, error), [])
     posted = Posted({}, [])
     for movement in movements:
@@ -242,24 +243,25 @@ def post_batch(engine: Engine, movements: Sequence[Movement]) -> Posted:
 def post(engine: Engine, movements: Sequence[Movement]) -> Posted:
     """Post movements in one transaction, in the order of their arrival.
 
-    It commits even if none is accepted: a replayed answer may be sent only once the earlier
-    commit has reached the standby, and a commit waits for that, since the row locks make it
-    one that writes.
+    It commits even if none is accepted: the commit of a replayed movement may still wait for
+    the standby, and this commit waits behind it, since the row locks make it one that writes.
 
     Raises NotExecuted for any error before the commit, BadData if PostgreSQL does not take
     the data, and OutcomeUnknown for any error from the commit on.
     """
-    failure: type[BankError] = NotExecuted
+    committing = False
     try:
         with engine.connect() as connection:
             posted = decide(connection, movements)
-            failure = OutcomeUnknown
+            committing = True
             connection.commit()
             return posted
     except Exception as error:
-        if failure is NotExecuted and is_data_error(error):
-            failure = BadData
-        raise failure(reason_of(error)) from error
+        if committing:
+            raise OutcomeUnknown(reason_of(error)) from error
+        if is_data_error(error):
+            raise BadData(reason_of(error)) from error
+        raise NotExecuted(reason_of(error)) from error
 
 
 def decide(connection: Connection, movements: Sequence[Movement]) -> Posted:
@@ -268,13 +270,15 @@ def decide(connection: Connection, movements: Sequence[Movement]) -> Posted:
     A repeated key is a replay, also of a movement in the same batch.
     """
     balances = datastore.lock_balances(connection, {m.no_rekening for m in movements})
-    earlier = datastore.find_by_keys(connection, [m.key for m in movements if m.key])
+    by_key = datastore.find_by_keys(connection, [m.key for m in movements if m.key])
     outcomes: dict[Movement, Receipt | BankError] = {}
     accepted: dict[Movement, int] = {}  # with the balance after each
-    keys = set(earlier)
+    replays: list[Movement] = []
+    keys = set(by_key)
     for movement in movements:
         if movement.key in keys:
-            continue  # a replay, answered last
+            replays.append(movement)
+            continue
         try:
             saldo = balance_after(movement, balances)
         except BankError as refusal:
@@ -288,15 +292,14 @@ def decide(connection: Connection, movements: Sequence[Movement]) -> Posted:
     journal = datastore.record(connection, rows)
     for movement, row in zip(accepted, journal, strict=True):
         outcomes[movement] = Receipt(row["id"], row["saldo_akhir"], replayed=False)
-        earlier[movement.key] = row
-    for movement in movements:
-        if movement not in outcomes:
-            outcomes[movement] = replay(movement, earlier[movement.key])
+        by_key[movement.key] = row
+    for movement in replays:
+        outcomes[movement] = replay(movement, by_key[movement.key])
     return Posted(outcomes, journal)
 
 
 def reason_of(error: Exception) -> str:
-    """Say why a call of the database failed. Anything but a DBAPIError is logged: it is a bug."""
+    """Say why a call of the database failed. Anything but a DBAPIError is unexpected: log it."""
     if not isinstance(error, DBAPIError):
         log.exception("unexpected error")
     return error_summary(error)
@@ -383,7 +386,7 @@ class Page:
 
 
 class Bank:
-    """What a customer may ask for. Every method may raise NotExecuted."""
+    """What a customer may ask for. Every method may raise NotExecuted, `move` OutcomeUnknown."""
 
     def __init__(self, teller: Teller, pins: PinCheck, reads: Database, health: Database) -> None:
         self._teller = teller
@@ -423,7 +426,7 @@ class Bank:
         return Page(page, page[-1]["id_transaksi"] if has_more else None)
 
     async def ping(self) -> None:
-        """Return if PostgreSQL answers."""
+        """Raise NotExecuted unless PostgreSQL takes writes."""
         await or_not_executed(self._health.run(datastore.ping))
 
 

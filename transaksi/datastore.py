@@ -162,7 +162,11 @@ def unnest(name: str, column_type: Any) -> ColumnElement[Any]:
     return func.unnest(bindparam(name, type_=ARRAY(column_type)))
 
 
-# What is written for a batch. It is one statement, because each costs a round trip.
+# What is written for a batch: one statement, because each costs a round trip.
+#   WITH journal AS (INSERT INTO transaksi ... SELECT unnest(...), ... RETURNING *),
+#     new_outbox AS (INSERT INTO outbox SELECT id FROM journal),
+#     new_balances AS (UPDATE rekening SET saldo = ... FROM (SELECT unnest(...), unnest(...)))
+#   SELECT * FROM journal
 
 # The columns of a new journal row that PostgreSQL does not fill in itself.
 NEW_ROW = [one for one in Transaksi.__table__.c if one.name not in ("id", "tanggal_transaksi")]

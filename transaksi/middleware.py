@@ -87,8 +87,8 @@ class Answer:
             if message["status"] == 401:
                 await asyncio.sleep(self._arrived + MIN_401_S - now())
             self.status = message["status"]
-            # The answer is in time: how long the client takes to read it does not count. An
-            # expired timeout has raised the OutcomeUnknown that is answered here.
+            # How long the client takes to read the answer does not count. An expired timeout,
+            # as at an OutcomeUnknown, cannot be rescheduled.
             if not self._timeout.expired():
                 self._timeout.reschedule(None)
             span = trace.get_current_span()
