@@ -72,6 +72,7 @@ REFUSED: list[tuple[tuple[int, str], str, list[Any]]] = [
     (BATAS, "line", [f"GET /mutasi?batas={text}" for text in (*NO_NUMBERS, "101", "9" * 19)]),
     (SEBELUM, "line", [f"GET /mutasi?sebelum={text}" for text in (*NO_NUMBERS, 2**63)]),
     (NO_PATH, "line", ["POST /setor", "POST /tabung/", "GET /", "GET /health/", "GET /%ff%00"]),
+    (NO_PATH, "line", ["GET /saldo/1234567890/123456"]),  # neither is to be found in the logs
     (NO_METHOD, "line", ["GET /tabung", "DELETE /tarik?nominal=1", "OPTIONS /tarik"]),
     (NO_METHOD, "line", ["PUT /saldo", "POST /mutasi", "PROPFIND /saldo"]),
 ]

@@ -203,6 +203,16 @@ def test_unfinished_heads_and_unread_downloads_keep_nobody_out(
     assert [line["level"] for line in reached] == ["WARNING"]
 
 
+def test_an_unread_download_does_not_hold_up_the_end(bank: Bank, stack: ExitStack) -> None:
+    quick = bank.started(bank.quick)
+    client = stack.enter_context(connect(quick))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.sendall(DOWNLOAD * 8)  # more than the buffers hold
+    client.recv(1)
+
+    assert quick.stop(timeout=8) == 0
+
+
 def test_movements_whose_client_has_left_are_logged_as_accepted(bank: Bank) -> None:
     """Two pipelined deposits, and a reset before, between or after their answers."""
     account, calm = bank.sql.open_account(), bank.started(bank.calm)

@@ -178,13 +178,15 @@ def test_a_refusal_is_traced(bank: Bank, ani: Customer) -> None:
     assert attributes(span)["remark"] == "Saldo tidak mencukupi."
 
 
-def test_an_unsampled_request_is_not_traced(ani: Customer) -> None:
-    for number, sampled in ((2, False), (3, True)):
-        parent = traceparent(number, sampled)
-        assert ani.deposit(1, traceparent=parent).status_code == 200
+def test_unsampled_requests_and_open_paths_are_not_traced(ani: Customer) -> None:
+    assert ani.deposit(1, traceparent=traceparent(2, sampled=False)).status_code == 200
+    parent = {"traceparent": traceparent(4, sampled=True)}
+    assert ani.client.get("/health", headers=parent).status_code == 200
+
+    assert ani.deposit(1, traceparent=traceparent(3, sampled=True)).status_code == 200
 
     spans(f"{3:032x}", *CHAIN)
-    assert spans(f"{2:032x}") == []  # they would have come earlier
+    assert spans(f"{2:032x}") == spans(f"{4:032x}") == []  # they would have come earlier
 
 
 def test_no_span_has_a_secret_or_the_text_of_an_error(bank: Bank, ani: Customer) -> None:
