@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -88,17 +89,15 @@ def test_a_refused_argument_is_a_usage_error(
 
 @pytest.mark.parametrize(("name", "secret"), [("transaksi", "DB_USER"), ("mutasi", "DB_PASSWORD")])
 def test_a_missing_secret_is_one_clear_line(name: str, secret: str) -> None:
-    environment = {"DB_USER": name, "DB_PASSWORD": "x", secret: ""}
+    environment = os.environ | {"DB_USER": name, "DB_PASSWORD": "x"} | {secret: ""}
+    command = [sys.executable, "-m", name]
 
-    with (
-        patch.dict(os.environ, environment),
-        patch.object(sys, "argv", [name]),
-        pytest.raises(SystemExit) as ended,
-    ):
-        runpy.run_module(name, run_name="__main__")
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
-    # Python writes it to stderr, and the exit status is 1.
-    assert ended.value.code == f"cannot start: the environment variable {secret} is missing"
+    told = f"cannot start: the environment variable {secret} is missing\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", told)
 
 
 def test_a_port_that_is_taken_ends_the_service_with_one_line(servers: Servers) -> None:
