@@ -51,12 +51,6 @@ class MutationRequest(BaseModel, hide_input_in_errors=True):
     nominal: Annotated[int, BeforeValidator(parse_int), Field(le=MAX_NOMINAL)]
     traceparent: str | None = Field(None, pattern="^[0-9a-f-]{55}$")
 
-    def to_entry(self) -> dict[Any, Any]:
-        """Return the fields of the stream entry."""
-        fields = self.model_dump(exclude_none=True)
-        fields["tanggal_transaksi"] = format_time(self.tanggal_transaksi)
-        return fields
-
     @classmethod
     def from_entry(cls, fields: Mapping[bytes, bytes]) -> Self:
         """Parse a stream entry. Unknown fields are ignored.
@@ -66,34 +60,49 @@ class MutationRequest(BaseModel, hide_input_in_errors=True):
         names = [name for name in cls.model_fields if name.encode() in fields]
         return cls.model_validate({name: fields[name.encode()].decode() for name in names})
 
-    def span(
-        self, operation: Literal["send", "process"], started_ns: int | None = None
-    ) -> AbstractContextManager[object]:
-        """Open a span in the trace of the movement; without a trace there is no span.
 
-        https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
-        """
-        if self.traceparent is None:
-            return nullcontext()
-        attributes = self.log_context() | {
-            "messaging.system": "redis",
-            "messaging.destination.name": STREAM,
-            "messaging.operation.name": operation,
-            "messaging.operation.type": operation,
-        }
-        producer, consumer = trace.SpanKind.PRODUCER, trace.SpanKind.CONSUMER
-        return tracer.start_as_current_span(
-            f"{operation} {STREAM}",
-            context=propagator.extract({"traceparent": self.traceparent}, Context()),
-            kind=producer if operation == "send" else consumer,
-            attributes=attributes,
-            start_time=started_ns,
-        )
+FIELDS = tuple(MutationRequest.model_fields)
 
-    def log_context(self) -> dict[str, Any]:
-        """Return the movement as logs and traces show it."""
-        context = self.model_dump(mode="json", exclude={"traceparent"})
-        return context | {"no_rekening": mask(self.no_rekening)}
+
+def to_entry(movement: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return the stream entry of a movement, given its fields."""
+    entry = {name: movement[name] for name in FIELDS if movement[name] is not None}
+    entry["tanggal_transaksi"] = format_time(entry["tanggal_transaksi"])
+    return entry
+
+
+def log_context(movement: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a movement as logs and traces show them."""
+    context = to_entry(movement) | {"no_rekening": mask(movement["no_rekening"])}
+    context.pop("traceparent", None)
+    return context
+
+
+def span(
+    operation: Literal["send", "process"],
+    movement: Mapping[str, Any],
+    started_ns: int | None = None,
+) -> AbstractContextManager[object]:
+    """Open a span in the trace of a movement; without a trace there is no span.
+
+    https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
+    """
+    if movement["traceparent"] is None:
+        return nullcontext()
+    attributes = log_context(movement) | {
+        "messaging.system": "redis",
+        "messaging.destination.name": STREAM,
+        "messaging.operation.name": operation,
+        "messaging.operation.type": operation,
+    }
+    producer, consumer = trace.SpanKind.PRODUCER, trace.SpanKind.CONSUMER
+    return tracer.start_as_current_span(
+        f"{operation} {STREAM}",
+        context=propagator.extract({"traceparent": movement["traceparent"]}, Context()),
+        kind=producer if operation == "send" else consumer,
+        attributes=attributes,
+        start_time=started_ns,
+    )
 
 
 def parse_error(error: ValueError) -> str:

@@ -8,7 +8,7 @@ from sqlalchemy import Engine, RowMapping
 from sqlalchemy.exc import DBAPIError
 
 from common.connections import is_data_error
-from common.stream import MutationRequest, parse_error
+from common.stream import MutationRequest, log_context, parse_error, span
 from common.telemetry import error_summary, log
 from mutasi import datastore
 
@@ -66,6 +66,6 @@ def book_good(engine: Engine, good: Mapping[Message, MutationRequest]) -> dict[M
 
 def log_stored(row: RowMapping, parent: str | None, started_ns: int) -> None:
     """Log a booked movement as the database has it, and continue its trace."""
-    booked = MutationRequest.model_validate({**row, "traceparent": parent})
-    with booked.span("process", started_ns):
-        log.info("mutation stored", **booked.log_context())
+    movement = {**row, "traceparent": parent}
+    with span("process", movement, started_ns):
+        log.info("mutation stored", **log_context(movement))

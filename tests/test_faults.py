@@ -25,7 +25,7 @@ import httpx
 import pytest
 from sqlalchemy import create_engine
 
-from common.stream import DEAD_LETTERS, STREAM, MutationRequest
+from common.stream import DEAD_LETTERS, FIELDS, STREAM, to_entry
 from dev.local import HOST, PIN
 from tests.load import Bank, Request, configured, get, hung
 from tests.support import eventually, log_lines, running
@@ -418,8 +418,7 @@ def unsent(bank: Bank) -> Iterator[dict[bytes, bytes]]:
         columns = "id, tanggal_transaksi, no_rekening, jenis_transaksi, nominal"
         query = f"SELECT {columns} FROM transaksi WHERE no_rekening = %s"
         (values,) = bank.sql(query, bank.sql.open_account(5))
-        fields = dict(zip(MutationRequest.model_fields, values, strict=False))
-        entry = MutationRequest(**fields).to_entry()
+        entry = to_entry(dict(zip(FIELDS, (*values, None), strict=True)))
         yield {name.encode(): str(value).encode() for name, value in entry.items()}
 
 

@@ -228,10 +228,30 @@ def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> li
 # ---------------------------------------------------------------- reads
 
 
+FIND_BALANCE = select(Rekening.saldo).where(Rekening.no_rekening == bindparam("account"))
+
+NEWEST_FIRST = Mutasi.id_transaksi.desc()
+# Ids are selected first, so that every plan uses the index on account.
+PAGE_IDS = (
+    select(Mutasi.id_transaksi)
+    .where(Mutasi.no_rekening == bindparam("account"))
+    .where(Mutasi.id_transaksi < bindparam("before"))
+    .order_by(NEWEST_FIRST)
+    .limit(bindparam("limit"))
+)
+FIND_MUTATIONS = (
+    select(*Mutasi.__table__.c, Transaksi.saldo_akhir)
+    .join(Transaksi)
+    .where(Mutasi.id_transaksi.in_(PAGE_IDS))
+    .order_by(NEWEST_FIRST)
+)
+MAX_ID = 2**63 - 1
+
+
 def find_balance(engine: Engine, account: str) -> int | None:
     """Return the balance of an account, or None if there is no such account."""
     with engine.connect() as connection:
-        return connection.scalar(select(Rekening.saldo).filter_by(no_rekening=account))
+        return connection.scalar(FIND_BALANCE, {"account": account})
 
 
 def find_mutations(
@@ -241,19 +261,9 @@ def find_mutations(
 
     With `before`, only those with lower ids.
     """
-    newest_first = Mutasi.id_transaksi.desc()
-    # Select ids first, so that every plan uses the index on account.
-    ids = select(Mutasi.id_transaksi).filter_by(no_rekening=account)
-    if before is not None:
-        ids = ids.where(Mutasi.id_transaksi < before)
-    statement = (
-        select(*Mutasi.__table__.c, Transaksi.saldo_akhir)
-        .join(Transaksi)
-        .where(Mutasi.id_transaksi.in_(ids.order_by(newest_first).limit(limit)))
-        .order_by(newest_first)
-    )
+    page = {"account": account, "before": before or MAX_ID, "limit": limit}
     with engine.connect() as connection:
-        return connection.execute(statement).mappings().all()
+        return connection.execute(FIND_MUTATIONS, page).mappings().all()
 
 
 def ping(engine: Engine) -> None:

@@ -17,6 +17,23 @@ MAX_CONNECTIONS = 1000
 LINGER_S = 1  # for a client that still sends a payload which nobody reads
 
 
+class JoinedAnswer:
+    """A transport that sends the head of an answer together with the body, in one packet."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = None
+        self.is_closing = transport.is_closing
+        self.close = transport.close
+
+    def write(self, data: bytes) -> None:
+        if self._head is None and not data.startswith(b"HTTP/1.1 100"):
+            self._head = data
+        else:
+            self._transport.write((self._head or b"") + data)
+            self._head = b""
+
+
 class BoundedHttp(HttpToolsProtocol):
     """Limits request heads, pipelined requests and connections.
 
@@ -57,6 +74,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self.running = cycle
+        if cycle.scope["method"] != "HEAD":  # an answer without a body
+            cycle.transport = cast(asyncio.Transport, JoinedAnswer(self.transport))
         super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
