@@ -27,7 +27,7 @@ class Stream:
 
     BATCH = 1000
     MAX_WAITING = 10_000
-    GATHER_S = 0.02  # larger batches cost fewer fsyncs, and fewer transactions in mutasi
+    GATHER_S = 0.015  # larger batches cost fewer fsyncs, and fewer transactions in mutasi
     PAUSE_S = 1  # after an error
 
     def __init__(self, database: Database, redis: Redis, resend_after_s: int) -> None:
