@@ -61,11 +61,6 @@ def format_error(_: Any, __: str, event: EventDict) -> EventDict:
     return event
 
 
-def to_text(event: EventDict, **options: Any) -> str:
-    """Serialize a line for the standard library's handlers."""
-    return orjson.dumps(event, **options).decode()
-
-
 def start_logging(service: str, settings: Settings) -> None:
     """Log everything, libraries included, to stdout: one JSON object a line."""
 
@@ -89,7 +84,8 @@ def start_logging(service: str, settings: Settings) -> None:
     # Loggers of libraries: https://www.structlog.org/en/stable/standard-library.html
     handler = logging.StreamHandler(sys.stdout)
     processors.insert(0, ProcessorFormatter.remove_processors_meta)
-    handler.setFormatter(ProcessorFormatter(processors=[*processors, JSONRenderer(to_text)]))
+    render = JSONRenderer(separators=(",", ":"))
+    handler.setFormatter(ProcessorFormatter(processors=[*processors, render]))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     logging.raiseExceptions = False  # a line that cannot be written is dropped

@@ -43,6 +43,9 @@ TELEMETRY: TelemetryConfig = {
     "exclude": lambda scope: scope.get("path") in OPEN_PATHS,
 }
 
+# Enough for bcrypt on every core while one check waits for the disk.
+PIN_THREADS = min((os.cpu_count() or 1) + 1, 16)
+
 
 class TransaksiSettings(Settings):
     """What service transaksi is told by arguments."""
@@ -62,10 +65,8 @@ def create_app(settings: TransaksiSettings) -> FastAPI:
     stream_database = Database(settings, threads=1)
     stream = Stream(stream_database, redis, settings.resend_after)
     teller = Teller(Database(settings, threads=1), on_commit=stream.hand_over)
-    # bcrypt on every core, while another thread waits for the disk. Of low priority, so that
-    # it does not slow authenticated customers.
-    pin_threads = min((os.cpu_count() or 1) + 1, 16)
-    pin_database = Database(settings, pin_threads, nice=10)
+    # Of low priority, so that bcrypt does not slow authenticated customers.
+    pin_database = Database(settings, PIN_THREADS, nice=10)
     pins = PinCheck(
         pin_database,
         max_failures=settings.max_pin_failures,

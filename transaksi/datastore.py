@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from operator import itemgetter
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, TypeVar, TypeVarTuple
 
 from sqlalchemy import (
     ARRAY,
@@ -40,8 +40,8 @@ from common.config import Settings
 from common.connections import COLUMN_TYPES, open_engine
 from common.stream import JenisTransaksi
 
-P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 Key = tuple[str, str]  # account, idempotency key
 
@@ -57,18 +57,11 @@ class Database:
         lower = (lambda: os.nice(nice)) if sys.platform == "linux" else None
         self._executor = ThreadPoolExecutor(threads, initializer=lower)
 
-    def run(
-        self,
-        function: Callable[Concatenate[Engine, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> asyncio.Future[T]:
+    def run(self, function: Callable[[Engine, *Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """Call `function(engine, ...)` in a thread, with the caller's context variables."""
-        context = contextvars.copy_context()
-        return asyncio.get_running_loop().run_in_executor(
-            self._executor,
-            lambda: context.run(function, self.engine, *args, **kwargs),
-        )
+        run = contextvars.copy_context().run
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._executor, run, function, self.engine, *args)
 
     def close(self) -> None:
         """Cancel the calls that have not begun."""
