@@ -73,9 +73,13 @@ def to_entry(movement: Mapping[str, Any]) -> dict[Any, Any]:
 
 def log_context(movement: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a movement as logs and traces show them."""
-    context = to_entry(movement) | {"no_rekening": mask(movement["no_rekening"])}
-    context.pop("traceparent", None)
-    return context
+    return {
+        "id_transaksi": movement["id_transaksi"],
+        "tanggal_transaksi": format_time(movement["tanggal_transaksi"]).replace("+00:00", "Z"),
+        "no_rekening": mask(movement["no_rekening"]),
+        "jenis_transaksi": movement["jenis_transaksi"],
+        "nominal": movement["nominal"],
+    }
 
 
 def span(
