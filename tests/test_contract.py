@@ -15,8 +15,10 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import create_engine
 
 from tests.support import DIRECT, Customer, Database, Servers, eventually
+from transaksi.datastore import find_mutations
 
 Customers = Callable[..., Customer]
 
@@ -355,6 +357,10 @@ def test_statement_shows_what_is_booked(url: str, database: Database, customer: 
         for movement, row in zip(page["mutasi"], rows[start:end], strict=True):
             moment = datetime.fromisoformat(movement.pop("tanggal_transaksi"))
             assert (moment, *movement.values()) == row
+
+    engine = create_engine(database.server.url("transaksi").replace("://", "+psycopg2://"))
+    assert len(find_mutations(engine, ani.no_rekening, None, 7)) == 7  # not the whole statement
+    engine.dispose()
 
 
 def test_every_status_is_documented_with_its_schema(url: str) -> None:
