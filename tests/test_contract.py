@@ -246,6 +246,17 @@ def test_odd_bytes_are_answered_and_move_nothing(url: str, database: Database) -
     assert database("SELECT id FROM transaksi WHERE nominal = %s", ODD_AMOUNT) == []
 
 
+def test_a_payload_that_waits_for_100_continue_is_asked_for(url: str) -> None:
+    refused = OK.replace(b"11", b"-1")
+    expect = b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(refused)
+    with connect(url) as connection:
+        connection.sendall(POST + PIN + expect)
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+        connection.sendall(refused)
+        assert connection.recv(65_536).endswith(b"}")  # head and remark come in one packet
+
+
 ENDLESS = [(POST, b"X: y\r\n"), (POST, b"x"), (POST + b"X: ", b"x"), (b"POST /", b"x")]
 
 
