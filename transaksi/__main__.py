@@ -43,7 +43,7 @@ TELEMETRY: TelemetryConfig = {
     "exclude": lambda scope: scope.get("path") in OPEN_PATHS,
 }
 
-# Enough for bcrypt on every core while one check waits for the disk.
+# bcrypt on every core, while one more check waits for the disk; at most 16 connections.
 PIN_THREADS = min((os.cpu_count() or 1) + 1, 16)
 
 

@@ -161,7 +161,7 @@ class Teller:
 
     MAX_WAITING = 1000
     MAX_BATCH = 512
-    GATHER_TURNS = 4  # of the event loop: larger batches cost less
+    GATHER_TURNS = 4  # turns of the event loop in which others may join a batch
 
     def __init__(
         self,

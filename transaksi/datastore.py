@@ -254,7 +254,8 @@ def find_mutations(
 
     With `before`, only those with lower ids.
     """
-    page = {"account": account, "before": before or MAX_ID, "limit": limit}
+    end = MAX_ID if before is None else before
+    page = {"account": account, "before": end, "limit": limit}
     with engine.connect() as connection:
         return connection.execute(FIND_MUTATIONS, page).mappings().all()
 

@@ -18,7 +18,7 @@ LINGER_S = 1  # for a client that still sends a payload which nobody reads
 
 
 class JoinedAnswer:
-    """A transport that sends the head of an answer together with the body, in one packet."""
+    """A transport that holds the head of an answer until the body, and sends both at once."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -27,10 +27,12 @@ class JoinedAnswer:
         self.close = transport.close
 
     def write(self, data: bytes) -> None:
-        if self._head is None and not data.startswith(b"HTTP/1.1 100"):
+        if self._head is None and data.startswith(b"HTTP/1.1 100"):
+            self._transport.write(data)
+        elif self._head is None:
             self._head = data
         else:
-            self._transport.write((self._head or b"") + data)
+            self._transport.write(self._head + data)
             self._head = b""
 
 
@@ -74,7 +76,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self.running = cycle
-        if cycle.scope["method"] != "HEAD":  # an answer without a body
+        if cycle.scope["method"] != "HEAD":  # no body follows its head
             cycle.transport = cast(asyncio.Transport, JoinedAnswer(self.transport))
         super()._start_asgi_task(cycle, app)
 

@@ -63,9 +63,10 @@ class Stream:
             log.exception("sending to the stream failed")
 
     async def _send_waiting(self) -> None:
-        batch = list(self._waiting)
-        self._waiting.clear()
-        await self._database.run(self._send, batch)
+        while self._waiting:
+            count = min(len(self._waiting), self.BATCH)
+            batch = [self._waiting.popleft() for _ in range(count)]
+            await self._database.run(self._send, batch)
 
     async def resend(self) -> None:
         """Look for lost movements, and resend them, until cancelled."""
