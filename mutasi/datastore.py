@@ -12,6 +12,7 @@ from sqlalchemy import (
     any_,
     bindparam,
     delete,
+    select,
 )
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -72,5 +73,5 @@ def book(engine: Engine, requests: Sequence[MutationRequest]) -> Sequence[RowMap
 
 def ping(engine: Engine) -> None:
     """Raise DBAPIError if PostgreSQL cannot be reached."""
-    with engine.connect():
-        pass
+    with engine.connect() as connection:
+        connection.execute(select(1))
