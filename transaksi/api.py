@@ -10,12 +10,12 @@ from fastapi import APIRouter, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBasic
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, Field
 from starlette.authentication import SimpleUser
 from starlette.exceptions import HTTPException
 from structlog.contextvars import bind_contextvars
 
-from common.stream import MAX_NOMINAL, JenisTransaksi, NoRekening, parse_int
+from common.stream import MAX_NOMINAL, WHOLE_NUMBER, JenisTransaksi, NoRekening
 from common.telemetry import current_traceparent, mask
 from transaksi import app
 from transaksi.app import MAX_SALDO, Bank, BankError, Movement
@@ -261,8 +261,8 @@ async def balance(request: Request) -> Balance:
 )
 async def statement(
     request: Request,
-    sebelum: Annotated[Int64 | None, Query(ge=1, le=2**63 - 1), BeforeValidator(parse_int)] = None,
-    batas: Annotated[Int64, Query(ge=1, le=100), BeforeValidator(parse_int)] = 20,
+    sebelum: Annotated[Int64 | None, Query(ge=1, le=2**63 - 1), WHOLE_NUMBER] = None,
+    batas: Annotated[Int64, Query(ge=1, le=100), WHOLE_NUMBER] = 20,
 ) -> Statement:
     """Return the customer's booked movements, newest first.
 

@@ -145,14 +145,6 @@ class Credentials:
     pin: str
 
 
-class RefusedAuthentication(AuthenticationError):
-    """Carries the bank's error out of the backend: Starlette catches nothing else."""
-
-    def __init__(self, error: BankError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 class BasicAuthentication(AuthenticationBackend):
     """Authenticates by account number and PIN. The account is `request.user.username`."""
 
@@ -167,7 +159,7 @@ class BasicAuthentication(AuthenticationBackend):
             bind_contextvars(no_rekening=mask(credentials.account))
             await self._bank.authenticate(credentials.account, credentials.pin)
         except BankError as error:
-            raise RefusedAuthentication(error) from error
+            raise AuthenticationError from error
         return AuthCredentials(), SimpleUser(credentials.account)
 
 
@@ -184,9 +176,9 @@ def parse_credentials(headers: list[str]) -> Credentials:
 
 
 def refuse_authentication(_: HTTPConnection, error: AuthenticationError) -> Response:
-    """Answer for Starlette's AuthenticationMiddleware."""
-    assert isinstance(error, RefusedAuthentication)
-    return error_response(error.error)
+    """Answer the bank's error, which Starlette lets through only as the cause of its own."""
+    assert isinstance(error.__cause__, BankError)
+    return error_response(error.__cause__)
 
 
 # ---------------------------------------------------------------- the payload
