@@ -21,12 +21,13 @@ COLUMN_TYPES = {
     JenisTransaksi: ENUM(*get_args(JenisTransaksi), name="jenis_transaksi"),
 }
 
-# SQLSTATEs of a server that takes no writes or is ending. A ping would still succeed.
+# SQLSTATEs of a server that takes no writes, that is stopping, has crashed, or is starting.
+# Its connections still work.
 WRONG_SERVER = {"25006", "57P01", "57P02", "57P03"}
 
 
 def open_engine(settings: Settings) -> Engine:
-    """Make an engine whose pool has no limit: the threads that use it are the limit.
+    """Make an engine that checks and drops connections of servers that cannot serve us.
 
     Of several hosts, the one that takes writes is used. The TCP timeouts detect a host
     that is silent: https://www.postgresql.org/docs/18/libpq-connect.html
@@ -51,7 +52,7 @@ def open_engine(settings: Settings) -> Engine:
         url,
         connect_args=connect_args,
         hide_parameters=True,
-        pool_size=0,
+        pool_size=0,  # no limit: the threads that use it are the limit
     )
     event.listen(engine, "checkout", drop_closed)
     event.listen(engine, "handle_error", drop_wrong_server)
@@ -62,7 +63,8 @@ def drop_closed(connection: Any, *_: object) -> None:
     """Have the pool replace a connection that the server has closed.
 
     Nothing else makes an idle connection readable. Unlike `pool_pre_ping`, this costs no
-    round trip. https://docs.sqlalchemy.org/en/21/core/events.html: PoolEvents.checkout
+    round trip, but it does not see that a host has just vanished: then one call fails.
+    https://docs.sqlalchemy.org/en/21/core/events.html: PoolEvents.checkout
     """
     poll = select.poll()
     poll.register(connection, select.POLLIN)
@@ -86,9 +88,3 @@ def open_redis(settings: Settings) -> Redis:
         socket_connect_timeout=2,
         retry=None,  # type: ignore[arg-type]
     )
-
-
-def is_data_error(error: BaseException | None) -> bool:
-    """Return whether PostgreSQL did not take the data (SQLSTATE class 22 or 23)."""
-    code = getattr(getattr(error, "orig", None), "pgcode", None) or ""
-    return code[:2] in ("22", "23")

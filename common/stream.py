@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from opentelemetry import trace
 from opentelemetry.context import Context
+from opentelemetry.trace import SpanKind
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from common.telemetry import mask, propagator, tracer
@@ -101,11 +101,10 @@ def span(
         "messaging.operation.name": operation,
         "messaging.operation.type": operation,
     }
-    producer, consumer = trace.SpanKind.PRODUCER, trace.SpanKind.CONSUMER
     return tracer.start_as_current_span(
         f"{operation} {STREAM}",
         context=propagator.extract({"traceparent": movement["traceparent"]}, Context()),
-        kind=producer if operation == "send" else consumer,
+        kind=SpanKind.PRODUCER if operation == "send" else SpanKind.CONSUMER,
         attributes=attributes,
         start_time=started_ns,
     )
@@ -114,6 +113,6 @@ def span(
 def parse_error(error: ValueError) -> str:
     """Say which field is bad, without its value."""
     if isinstance(error, ValidationError):
-        problem = error.errors(include_input=False)[0]
+        problem = error.errors()[0]
         return f"{problem['loc'][0]}: {problem['type']}"
     return type(error).__name__

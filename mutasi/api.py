@@ -1,7 +1,6 @@
-"""The incoming edge: a plain blocking XREAD loop, and the dead letters."""
+"""Input: a plain blocking XREAD loop, and the dead letters."""
 
 import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
@@ -14,7 +13,7 @@ from sqlalchemy import Engine
 from common.stream import DEAD_LETTERS, STREAM
 from common.telemetry import log
 from mutasi import datastore
-from mutasi.app import Message, book_messages
+from mutasi.app import Messages, book_messages
 
 MAX_DEAD_LETTERS = 10_000
 BATCH = 1000
@@ -22,7 +21,7 @@ BLOCK_MS = 500
 
 
 class HealthFile:
-    """A file that shows when both servers were last reached, in a directory of its own."""
+    """A file that shows when PostgreSQL and Redis were last reached, in a directory of its own."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -62,47 +61,46 @@ def consume(engine: Engine, redis: Redis, stopping: Event) -> None:
             pause_s = min(pause_s + 0.25, 5.0)
 
 
-def process(engine: Engine, redis: Redis, messages: Sequence[Message]) -> None:
+def process(engine: Engine, redis: Redis, messages: Messages) -> None:
     """Book messages, delete them from the stream, then move the bad ones aside.
 
     In this order, because in a full Redis only the deletion makes room for dead letters.
     After a crash in between, messages are redelivered and ignored as duplicates.
     """
     bad = book_messages(engine, messages)
-    if stored := [message.entry_id for message in messages if message not in bad]:
+    if stored := messages.keys() - bad.keys():
         redis.xdel(STREAM, *stored)
-    for message, reason in bad.items():
-        move_to_dead_letters(redis, message, reason)
+    for entry_id, reason in bad.items():
+        move_to_dead_letters(redis, entry_id, messages[entry_id], reason)
     log.debug("batch processed", stored=len(stored), bad=len(bad))
 
 
-def read_messages(redis: Redis) -> list[Message]:
+def read_messages(redis: Redis) -> Messages:
     """Read the oldest entries of the stream; wait half a second for the first.
 
-    Always from 0: what was processed is deleted, so an entry that is still there was not.
+    Processed entries are deleted, so it always reads from the start of the stream.
     """
     reply: Any = redis.xread({STREAM: 0}, count=BATCH, block=BLOCK_MS)
-    return [Message(entry_id, fields) for _, entries in reply for entry_id, fields in entries]
+    return {entry_id: fields for _, entries in reply for entry_id, fields in entries}
 
 
-def move_to_dead_letters(redis: Redis, message: Message, reason: str) -> None:
+def move_to_dead_letters(
+    redis: Redis, entry_id: bytes, fields: dict[bytes, bytes], reason: str
+) -> None:
     """Copy a bad message to the dead letters, then delete it.
 
-    It is deleted even if Redis refuses the copy, for example because it is full: every true
+    It is deleted even if Redis refuses the copy, for example because it is full: every genuine
     movement is in the outbox, and bad messages must not block the stream.
     """
-    letter: dict[Any, Any] = message.fields | {
-        b"reason": reason,
-        b"entry": message.entry_id,
-    }
+    letter: dict[Any, Any] = fields | {b"reason": reason, b"entry": entry_id}
     kept = False
     with suppress(ResponseError):
         redis.xadd(DEAD_LETTERS, letter, maxlen=MAX_DEAD_LETTERS)
         kept = True
-    redis.xdel(STREAM, message.entry_id)
+    redis.xdel(STREAM, entry_id)
     log.error(
         "bad message",
-        entry=message.entry_id.decode(),
+        entry=entry_id.decode(),
         reason=reason,
         dead_letter=kept,
     )

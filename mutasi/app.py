@@ -1,45 +1,38 @@
 """Business logic: book each movement once, and tell bad messages from good ones."""
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from sqlalchemy import Engine, RowMapping
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Engine
+from sqlalchemy.exc import DataError, IntegrityError
 
-from common.connections import is_data_error
 from common.stream import MutationRequest, log_context, parse_error, span
 from common.telemetry import error_summary, log
 from mutasi import datastore
 
-
-@dataclass(frozen=True, eq=False)
-class Message:
-    """A stream entry: its id, and its fields as they came."""
-
-    entry_id: bytes
-    fields: dict[bytes, bytes]
+Messages = dict[bytes, dict[bytes, bytes]]  # the fields of stream entries, by entry id
 
 
-def book_messages(engine: Engine, messages: Iterable[Message]) -> dict[Message, str]:
-    """Book the movements of the good messages. Returns the bad ones, each with the reason.
+def book_messages(engine: Engine, messages: Messages) -> dict[bytes, str]:
+    """Book the movements of the good messages.
 
-    Raises DBAPIError if the database is unavailable; then the messages can be booked again.
+    Returns the entry ids of the bad ones, each with the reason. Raises DBAPIError if the
+    database is unavailable; then the messages can be booked again.
     """
-    good: dict[Message, MutationRequest] = {}
-    bad: dict[Message, str] = {}
-    for message in messages:
+    good: dict[bytes, MutationRequest] = {}
+    bad: dict[bytes, str] = {}
+    for entry_id, fields in messages.items():
         try:
-            good[message] = MutationRequest.from_entry(message.fields)
+            good[entry_id] = MutationRequest.from_entry(fields)
         except ValueError as error:
-            bad[message] = parse_error(error)
+            bad[entry_id] = parse_error(error)
     return bad | book_good(engine, good)
 
 
-def book_good(engine: Engine, good: Mapping[Message, MutationRequest]) -> dict[Message, str]:
+def book_good(engine: Engine, good: Mapping[bytes, MutationRequest]) -> dict[bytes, str]:
     """Book movements in one transaction, and log the new ones.
 
-    If PostgreSQL does not take the data, each is booked in its own transaction, so that only
+    If PostgreSQL rejects the data, each is booked in its own transaction, so that only
     the bad ones fail. Returns those, each with the reason.
     """
     if not good:
@@ -47,25 +40,19 @@ def book_good(engine: Engine, good: Mapping[Message, MutationRequest]) -> dict[M
     started_ns = time.time_ns()
     try:
         new = datastore.book(engine, list(good.values()))
-    except DBAPIError as error:
-        if not is_data_error(error):
-            raise
+    except (DataError, IntegrityError) as error:
         if len(good) == 1:
             return dict.fromkeys(good, error_summary(error))
-        bad: dict[Message, str] = {}
-        for message, request in good.items():
-            bad |= book_good(engine, {message: request})
+        bad: dict[bytes, str] = {}
+        for entry_id, request in good.items():
+            bad |= book_good(engine, {entry_id: request})
         return bad
-    parents = {request.id_transaksi: request.traceparent for request in good.values()}
+    traceparents = {request.id_transaksi: request.traceparent for request in good.values()}
     for row in new:
-        log_stored(row, parents[row["id_transaksi"]], started_ns)
+        # The row, not the request: another message of the same id may be forged.
+        movement = {**row, "traceparent": traceparents[row["id_transaksi"]]}
+        with span("process", movement, started_ns):
+            log.info("mutation stored", **log_context(movement))
     if duplicates := len(good) - len(new):
         log.warning("duplicate messages ignored", count=duplicates)
     return {}
-
-
-def log_stored(row: RowMapping, parent: str | None, started_ns: int) -> None:
-    """Log a booked movement as the database has it, and continue its trace."""
-    movement = {**row, "traceparent": parent}
-    with span("process", movement, started_ns):
-        log.info("mutation stored", **log_context(movement))

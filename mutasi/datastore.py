@@ -5,12 +5,8 @@ from datetime import datetime
 from typing import ClassVar
 
 from sqlalchemy import (
-    ARRAY,
-    BigInteger,
     Engine,
     RowMapping,
-    any_,
-    bindparam,
     delete,
     select,
 )
@@ -50,9 +46,6 @@ class Outbox(Base):
 INSERT_ONCE = (
     insert(Mutasi).on_conflict_do_nothing(index_elements=[Mutasi.id_transaksi]).returning(Mutasi)
 )
-DELETE_BOOKED = delete(Outbox).where(
-    Outbox.id_transaksi == any_(bindparam("ids", type_=ARRAY(BigInteger)))
-)
 
 
 def book(engine: Engine, requests: Sequence[MutationRequest]) -> Sequence[RowMapping]:
@@ -67,7 +60,7 @@ def book(engine: Engine, requests: Sequence[MutationRequest]) -> Sequence[RowMap
     ids = [request.id_transaksi for request in ordered]
     with engine.begin() as connection:
         new = connection.execute(INSERT_ONCE, rows).mappings().all()
-        connection.execute(DELETE_BOOKED, {"ids": ids})
+        connection.execute(delete(Outbox).where(Outbox.id_transaksi.in_(ids)))
     return new
 
 

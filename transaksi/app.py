@@ -14,9 +14,8 @@ from typing import TypeVar
 import bcrypt
 from cachetools import TTLCache
 from sqlalchemy import Connection, Engine, RowMapping
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
-from common.connections import is_data_error
 from common.stream import JenisTransaksi
 from common.telemetry import error_summary, log
 from transaksi import datastore
@@ -262,7 +261,7 @@ def post(engine: Engine, movements: Sequence[Movement]) -> Posted:
     except Exception as error:
         if committing:
             raise OutcomeUnknown(reason_of(error)) from error
-        if is_data_error(error):
+        if isinstance(error, DataError | IntegrityError):
             raise BadData(reason_of(error)) from error
         raise NotExecuted(reason_of(error)) from error
 
