@@ -107,7 +107,8 @@ def error_summary(error: Exception) -> str:
     if code := getattr(cause, "pgcode", None):
         return f"{name} {code} {cause.diag.constraint_name or ''}".strip()
     text = str(cause).rpartition(" of pipeline caused error: ")[2]
-    return f"{name}: {text.partition(chr(10))[0]}"
+    first_line = text.partition("\n")[0]
+    return f"{name}: {first_line}"
 
 
 def mask(no_rekening: str) -> str:
@@ -126,9 +127,6 @@ def current_traceparent() -> str | None:
 
 
 def add_gauge(name: str, unit: str, read: Callable[[], float]) -> None:
-    """Report `read()` whenever metrics are exported: never unless OTEL_METRICS_EXPORTER is set."""
-
-    def observe(_: metrics.CallbackOptions) -> list[metrics.Observation]:
-        return [metrics.Observation(read())]
-
-    metrics.get_meter(__name__).create_observable_gauge(name, [observe], unit)
+    """Report `read()` whenever metrics are exported, if OTEL_METRICS_EXPORTER is set."""
+    observe = [lambda _: [metrics.Observation(read())]]
+    metrics.get_meter(__name__).create_observable_gauge(name, observe, unit)

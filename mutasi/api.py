@@ -23,9 +23,8 @@ BLOCK_MS = 500
 class HealthFile:
     """A file that shows when PostgreSQL and Redis were last reached, in a directory of its own."""
 
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._failed = False
+    _path: Path | None = None
+    _failed = False
 
     def touch(self) -> None:
         """Touch the file. A failure is logged once, and harms nothing but the health check."""

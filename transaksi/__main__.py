@@ -8,7 +8,6 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
@@ -36,14 +35,14 @@ from transaksi.middleware import (
 from transaksi.protocol import MAX_CONNECTIONS, BoundedHttp
 from transaksi.stream import Stream
 
-# One span for each request, and no log records: those come from structlog.
+# One span for each request. FastAPI makes no log records of its own: those come from structlog.
 TELEMETRY: TelemetryConfig = {
     "operation_spans": False,
     "logs": False,
     "exclude": lambda scope: scope.get("path") in OPEN_PATHS,
 }
 
-# bcrypt on every core, while one more check waits for the disk; at most 16 connections.
+# A check on every core, and one more that waits for PostgreSQL. Each has a connection.
 PIN_THREADS = min((os.cpu_count() or 1) + 1, 16)
 
 
@@ -65,15 +64,15 @@ def create_app(settings: TransaksiSettings) -> FastAPI:
     stream_database = Database(settings, threads=1)
     stream = Stream(stream_database, redis, settings.resend_after)
     teller = Teller(Database(settings, threads=1), on_commit=stream.hand_over)
-    # Of low priority, so that bcrypt does not slow authenticated customers.
-    pin_database = Database(settings, PIN_THREADS, nice=10)
+    pin_database = Database(settings, PIN_THREADS, nice=10)  # bcrypt shall not slow others
     pins = PinCheck(
         pin_database,
         max_failures=settings.max_pin_failures,
         lock_minutes=settings.lock_minutes,
         cache_ttl_s=settings.auth_cache_ttl,
     )
-    reads, health = Database(settings, threads=2), Database(settings, threads=1)
+    reads = Database(settings, threads=2)
+    health = Database(settings, threads=1)
     bank = Bank(teller, pins, reads, health)
     add_gauges(teller, stream_database.engine, redis)
 
@@ -104,8 +103,8 @@ def create_app(settings: TransaksiSettings) -> FastAPI:
 @asynccontextmanager
 async def background(teller: Teller, stream: Stream, pin_database: Database) -> AsyncIterator[None]:
     """Run the teller and the stream while requests are served."""
-    work = (teller.run(), stream.run(), stream.resend())
-    tasks = [asyncio.create_task(one) for one in work]
+    loops = (teller.run(), stream.run(), stream.resend())
+    tasks = [asyncio.create_task(loop) for loop in loops]
     for task in tasks:
         task.add_done_callback(stop_if_failed)
     log.info("started")
@@ -120,12 +119,8 @@ async def background(teller: Teller, stream: Stream, pin_database: Database) -> 
 
 def add_gauges(teller: Teller, engine: Engine, redis: Redis) -> None:
     """Add what an operator can alarm on to the metrics."""
-    add_gauge("tabungan.unbooked.age", "s", partial(datastore.outbox_age, engine))
-    add_gauge(
-        "tabungan.unbooked.count",
-        "{movement}",
-        partial(datastore.outbox_count, engine),
-    )
+    add_gauge("tabungan.unbooked.age", "s", lambda: datastore.outbox_age(engine))
+    add_gauge("tabungan.unbooked.count", "{movement}", lambda: datastore.outbox_count(engine))
     add_gauge("tabungan.stream.length", "{entry}", lambda: redis.xlen(STREAM))
     add_gauge("tabungan.dead_letters", "{entry}", lambda: redis.xlen(DEAD_LETTERS))
     add_gauge("tabungan.waiting", "{request}", teller.waiting)
@@ -133,8 +128,12 @@ def add_gauges(teller: Teller, engine: Engine, redis: Redis) -> None:
 
 def stop_if_failed(task: asyncio.Task[None]) -> None:
     """Stop the process if one of its tasks has failed: it must not look healthy."""
-    if not task.cancelled() and (error := task.exception()):
-        log.critical("a task failed", exc_info=(type(error), error, error.__traceback__))
+    try:
+        task.result()
+    except asyncio.CancelledError:
+        pass
+    except Exception:
+        log.critical("a task failed", exc_info=True)
         signal.raise_signal(signal.SIGTERM)
 
 
@@ -174,7 +173,7 @@ def main() -> None:
         timeout_keep_alive=75,  # longer than the pauses of clients and proxies
         timeout_graceful_shutdown=settings.request_timeout + 1,
     )
-    # uvicorn raises the signal again when it has stopped. Then the exit status is 0.
+    # uvicorn raises the signal again when it has stopped: then the exit status shall be 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit())
     # Collect garbage less often, and not in the loaded modules.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from common.telemetry import current_traceparent, mask
 from transaksi import app
 from transaksi.app import MAX_SALDO, Bank, BankError, Movement
 
-# Without a format, generated clients read 32 bits.
+# Without a format, generated clients use integers of 32 bits.
 Int64 = Annotated[int, Field(json_schema_extra={"format": "int64"})]
 
 
@@ -75,7 +75,7 @@ class ErrorAnswer:
 
     status: int
     remark: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] | None = None
 
 
 class MalformedKey(Exception):
@@ -84,7 +84,6 @@ class MalformedKey(Exception):
 
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="transaksi", charset="UTF-8"'}  # RFC 7617
 
-# An error that is not listed is answered like its base class.
 ANSWERS: dict[type, ErrorAnswer] = {
     Exception: ErrorAnswer(500, "Terjadi kesalahan pada layanan."),
     app.Refused: ErrorAnswer(400, "Transaksi ditolak."),
@@ -124,7 +123,7 @@ FIELD_REMARKS = {
 def error_response(error: Exception) -> JSONResponse:
     """Return the answer to any error, and bind it to the log line of the request."""
     answer = find_answer(error)
-    # The text of other errors may quote the payload.
+    # The texts of FastAPI's errors may quote the payload.
     reason = str(error) if isinstance(error, BankError) else type(error).__name__
     bind_contextvars(remark=answer.remark, reason=reason)
     return JSONResponse({"remark": answer.remark}, answer.status, answer.headers)
@@ -132,12 +131,13 @@ def error_response(error: Exception) -> JSONResponse:
 
 def find_answer(error: Exception) -> ErrorAnswer:
     if isinstance(error, RequestValidationError):
-        places = [str(part) for problem in error.errors() for part in problem["loc"]]
-        remarks = [FIELD_REMARKS[place] for place in places if place in FIELD_REMARKS]
+        fields = [problem["loc"][-1] for problem in error.errors()]
+        remarks = [FIELD_REMARKS[field] for field in fields if field in FIELD_REMARKS]
         return ErrorAnswer(400, remarks[0] if remarks else FRAMEWORK_REMARKS[400])
     if isinstance(error, HTTPException):
         remark = FRAMEWORK_REMARKS.get(error.status_code, ANSWERS[Exception].remark)
-        return ErrorAnswer(error.status_code, remark, error.headers or {})
+        return ErrorAnswer(error.status_code, remark, error.headers)
+    # An error that is not listed is answered like its base class.
     return next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
 
 
@@ -172,7 +172,7 @@ def idempotency_key(request: Request) -> str | None:
     """Return the Idempotency-Key header. Raises MalformedKey."""
     keys = request.headers.getlist("idempotency-key")
     if len(keys) > 1 or not all(re.fullmatch(KEY_PATTERN, key) for key in keys):
-        raise MalformedKey("malformed Idempotency-Key")
+        raise MalformedKey
     return keys[0] if keys else None
 
 
@@ -253,7 +253,7 @@ async def balance(request: Request) -> Balance:
     return Balance(saldo=await bank(request).balance(customer(request)))
 
 
-# "4XX" keeps FastAPI from documenting a 422 of its own.
+# FastAPI documents a 422 of its own, unless "4XX" is documented.
 @router.get(
     "/mutasi",
     responses=READ_ERRORS | {400: ERROR, "4XX": ERROR},
@@ -275,6 +275,6 @@ async def statement(
 
 @router.get("/health", responses={503: ERROR})
 async def health(request: Request) -> Health:
-    """Tell whether PostgreSQL takes writes. Redis does not matter: movements wait there."""
+    """Tell whether PostgreSQL takes writes. Redis does not matter: the outbox has its movements."""
     await bank(request).ping()
     return Health(status="ok")

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import bcrypt
 from cachetools import TTLCache
@@ -58,11 +58,14 @@ class NotAuthenticated(BankError):
 
 
 class NotExecuted(BankError):
-    """The bank could not do it now. This attempt moved no money; an earlier one may have."""
+    """The bank could not do it now.
+
+    This attempt moved no money. An earlier one with the same key may have.
+    """
 
 
 class BadData(NotExecuted):
-    """PostgreSQL does not take the movement, for example because of a constraint."""
+    """PostgreSQL rejects the movement, for example because of a constraint."""
 
 
 class OutcomeUnknown(BankError):
@@ -72,7 +75,7 @@ class OutcomeUnknown(BankError):
 # ---------------------------------------------------------------- rules
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # two equal deposits are two
 class Movement:
     """A requested deposit ("tabung") or withdrawal ("tarik")."""
 
@@ -139,7 +142,7 @@ class Pending:
     """A movement that waits for the teller, and the future that its request awaits."""
 
     movement: Movement
-    future: asyncio.Future[Receipt]
+    future: asyncio.Future[Receipt | BankError]
     taken: bool = False  # from then on, only the database knows the outcome
 
 
@@ -160,7 +163,7 @@ class Teller:
 
     MAX_WAITING = 1000
     MAX_BATCH = 512
-    GATHER_TURNS = 4  # turns of the event loop in which others may join a batch
+    GATHER_TURNS = 4  # of the event loop, in which other requests may join a batch
 
     def __init__(
         self,
@@ -184,30 +187,28 @@ class Teller:
         pending = Pending(movement, asyncio.get_running_loop().create_future())
         try:
             self._queue.put_nowait(pending)
-            return await pending.future
+            outcome = await pending.future
         except asyncio.QueueFull:
             raise NotExecuted("queue full") from None
         except asyncio.CancelledError:
             if pending.taken:
                 raise OutcomeUnknown("timeout in the database") from None
             raise
+        if isinstance(outcome, BankError):
+            raise outcome
+        return outcome
 
     async def run(self) -> None:
         """Post batches until cancelled."""
         while True:
             batch = await self._next_batch()
-            if not batch:
+            if not batch:  # all have timed out
                 continue
             movements = [pending.movement for pending in batch]
             posted = await self._database.run(post_batch, movements)
             for pending in batch:
-                outcome = posted.outcomes[pending.movement]
-                if pending.future.done():  # its request has timed out
-                    continue
-                if isinstance(outcome, Receipt):
-                    pending.future.set_result(outcome)
-                else:
-                    pending.future.set_exception(outcome)
+                if not pending.future.done():  # otherwise its request has timed out
+                    pending.future.set_result(posted.outcomes[pending.movement])
             self._on_commit(posted.journal)
 
     async def _next_batch(self) -> list[Pending]:
@@ -224,10 +225,9 @@ class Teller:
 
 
 def post_batch(engine: Engine, movements: Sequence[Movement]) -> Posted:
-    """Post movements in one transaction.
+    """Post movements together, or each alone if PostgreSQL rejects their data.
 
-    If PostgreSQL does not take the data, each is posted in its own transaction, so that only
-    the bad one fails.
+    So only the bad one fails.
     """
     try:
         return post(engine, movements)
@@ -245,11 +245,11 @@ def post_batch(engine: Engine, movements: Sequence[Movement]) -> Posted:
 def post(engine: Engine, movements: Sequence[Movement]) -> Posted:
     """Post movements in one transaction, in the order of their arrival.
 
-    It commits even if none is accepted: the commit of a replayed movement may still wait for
-    the standby, and this commit waits behind it, since the row locks make it one that writes.
+    It commits even if all are replays: the first commit of a replayed movement may still wait
+    for the standby. PostgreSQL acknowledges commits in order, and row locks make this one wait.
 
-    Raises NotExecuted for any error before the commit, BadData if PostgreSQL does not take
-    the data, and OutcomeUnknown for any error from the commit on.
+    Raises NotExecuted for any error before the commit, BadData if PostgreSQL rejects the
+    data, and OutcomeUnknown for any error from the commit on.
     """
     committing = False
     try:
@@ -274,7 +274,7 @@ def decide(connection: Connection, movements: Sequence[Movement]) -> Posted:
     balances = datastore.lock_balances(connection, {m.no_rekening for m in movements})
     by_key = datastore.find_by_keys(connection, [m.key for m in movements if m.key])
     outcomes: dict[Movement, Receipt | BankError] = {}
-    accepted: dict[Movement, int] = {}  # with the balance after each
+    accepted: dict[Movement, dict[str, Any]] = {}  # with the values of its journal row
     replays: list[Movement] = []
     keys = set(by_key)
     for movement in movements:
@@ -287,11 +287,10 @@ def decide(connection: Connection, movements: Sequence[Movement]) -> Posted:
             outcomes[movement] = refusal
             continue
         balances[movement.no_rekening] = saldo
-        accepted[movement] = saldo
+        accepted[movement] = vars(movement) | {"saldo_akhir": saldo}
         if movement.key:
             keys.add(movement.key)
-    rows = [vars(movement) | {"saldo_akhir": saldo} for movement, saldo in accepted.items()]
-    journal = datastore.record(connection, rows)
+    journal = datastore.record(connection, list(accepted.values()))
     for movement, row in zip(accepted, journal, strict=True):
         outcomes[movement] = Receipt(row["id"], row["saldo_akhir"], replayed=False)
         by_key[movement.key] = row
@@ -320,7 +319,7 @@ class PinCheck:
     MAX_RUNNING = 64
     MAX_CACHED = 100_000
     # Compared for unknown and locked accounts, so that timing does not reveal the cause.
-    DUMMY_HASH = bcrypt.hashpw(secrets.token_bytes(16), bcrypt.gensalt(10)).decode()
+    DUMMY_HASH = "$2b$10$" + 53 * "."
 
     def __init__(
         self,
@@ -343,14 +342,14 @@ class PinCheck:
         digest = hashlib.blake2b(f"{account}:{pin}".encode(), key=self._secret).digest()
         if self._cached.get(account) == digest:
             return
-        if digest not in self._running:
+        check = self._running.get(digest)  # equal checks share one
+        if not check:
             if len(self._running) >= self.MAX_RUNNING:
                 raise NotExecuted("too many PIN checks")
             check = self._database.run(self._compare, account, pin)
             self._running[digest] = check
             check.add_done_callback(partial(self._end, account, digest))
-        check = self._running[digest]
-        await asyncio.wait([check])  # equal checks share one, and a timeout does not cancel it
+        await asyncio.wait([check])  # unlike `await check`, a timeout does not cancel it
         check.result()
 
     def forget(self, account: str) -> None:
@@ -387,49 +386,48 @@ class Page:
     before: int | None
 
 
+@dataclass(frozen=True)
 class Bank:
     """What a customer may ask for. Every method may raise NotExecuted, `move` OutcomeUnknown."""
 
-    def __init__(self, teller: Teller, pins: PinCheck, reads: Database, health: Database) -> None:
-        self._teller = teller
-        self._pins = pins
-        self._reads = reads
-        self._health = health  # of its own, because anybody may ask
+    teller: Teller
+    pins: PinCheck
+    reads: Database
+    health: Database  # separate, because anybody may ask, and as often as they like
 
     async def authenticate(self, account: str, pin: str) -> None:
         """Return if the PIN is correct. Raises NotAuthenticated."""
-        await or_not_executed(self._pins.check(account, pin))
+        await or_not_executed(self.pins.check(account, pin))
 
     async def move(self, customer: str, movement: Movement) -> Receipt:
         """Deposit or withdraw. Raises UnknownAccount, and what `Teller.submit` raises."""
         check_owner(customer, movement.no_rekening)
         try:
-            return await self._teller.submit(movement)
+            return await self.teller.submit(movement)
         except NotAuthenticated:
-            self._pins.forget(customer)
+            self.pins.forget(customer)
             raise
 
     async def balance(self, customer: str) -> int:
         """Return the balance. Raises NotAuthenticated if the account was deleted."""
-        balance = await or_not_executed(self._reads.run(datastore.find_balance, customer))
+        balance = await or_not_executed(self.reads.run(datastore.find_balance, customer))
         if balance is None:
-            self._pins.forget(customer)
+            self.pins.forget(customer)
             raise NotAuthenticated("no such account")
         return balance
 
     async def statement(self, customer: str, before: int | None, limit: int) -> Page:
         """Return a page of booked movements, those with ids below `before`."""
         find = datastore.find_mutations
-        rows = await or_not_executed(self._reads.run(find, customer, before, limit + 1))
+        rows = await or_not_executed(self.reads.run(find, customer, before, limit + 1))
         if not rows:
             await self.balance(customer)  # raises if the account was deleted
-        page = rows[:limit]
         has_more = len(rows) > limit
-        return Page(page, page[-1]["id_transaksi"] if has_more else None)
+        return Page(rows[:limit], rows[limit - 1]["id_transaksi"] if has_more else None)
 
     async def ping(self) -> None:
         """Raise NotExecuted unless PostgreSQL takes writes."""
-        await or_not_executed(self._health.run(datastore.ping))
+        await or_not_executed(self.health.run(datastore.ping))
 
 
 async def or_not_executed(call: Awaitable[T]) -> T:

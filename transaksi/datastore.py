@@ -28,8 +28,6 @@ from sqlalchemy import (
     case,
     func,
     insert,
-    not_,
-    or_,
     select,
     tuple_,
     update,
@@ -54,8 +52,8 @@ class Database:
 
     def __init__(self, settings: Settings, threads: int, nice: int = 0) -> None:
         self.engine = open_engine(settings)
-        lower = (lambda: os.nice(nice)) if sys.platform == "linux" else None
-        self._executor = ThreadPoolExecutor(threads, initializer=lower)
+        initializer = (lambda: os.nice(nice)) if sys.platform == "linux" else None
+        self._executor = ThreadPoolExecutor(threads, initializer=initializer)
 
     def run(self, function: Callable[[Engine, *Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """Call `function(engine, ...)` in a thread, with the caller's context variables."""
@@ -66,6 +64,9 @@ class Database:
     def close(self) -> None:
         """Cancel the calls that have not begun."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+NOW = func.clock_timestamp()  # now() would be the start of the transaction
 
 
 class Base(DeclarativeBase):
@@ -134,7 +135,7 @@ class Mutasi(Base):
 
 
 # In sorted order, so that tellers lock in the same order and cannot deadlock. NO KEY UPDATE
-# (`key_share`), so that foreign key checks on the accounts go on.
+# (`key_share`), so that others may insert rows that refer to the accounts.
 LOCK_BALANCES = (
     select(Rekening.no_rekening, Rekening.saldo)
     .where(Rekening.no_rekening == any_(bindparam("accounts", type_=ARRAY(Text))))
@@ -162,12 +163,16 @@ def unnest(name: str, column_type: Any) -> ColumnElement[Any]:
 #   SELECT * FROM journal
 
 # The columns of a new journal row that PostgreSQL does not fill in itself.
-NEW_ROW = [one for one in Transaksi.__table__.c if one.name not in ("id", "tanggal_transaksi")]
+NEW_COLUMNS = {
+    column.name: column.type
+    for column in Transaksi.__table__.c
+    if column.name not in ("id", "tanggal_transaksi")
+}
 JOURNAL = (
     insert(Transaksi)
     .from_select(
-        [one.name for one in NEW_ROW],
-        select(*[unnest(f"{one.name}_array", one.type) for one in NEW_ROW]),
+        list(NEW_COLUMNS),
+        select(*[unnest(f"{name}_array", kind) for name, kind in NEW_COLUMNS.items()]),
     )
     .returning(*Transaksi.__table__.c)
     .cte("journal")
@@ -189,7 +194,7 @@ RECORD = select(JOURNAL).add_cte(OUTBOX, BALANCES)
 def lock_balances(connection: Connection, accounts: Collection[str]) -> dict[str, int]:
     """Lock accounts until the transaction ends. Returns the balances of those that exist."""
     rows = connection.execute(LOCK_BALANCES, {"accounts": list(accounts)})
-    return {row.no_rekening: row.saldo for row in rows}
+    return dict(rows.all())
 
 
 def find_by_keys(connection: Connection, keys: Collection[Key]) -> dict[Key | None, RowMapping]:
@@ -211,8 +216,9 @@ def record(connection: Connection, movements: Sequence[Mapping[str, Any]]) -> li
     """
     if not movements:
         return []
-    arrays = {f"{one.name}_array": [row[one.name] for row in movements] for one in NEW_ROW}
-    balances = {row["no_rekening"]: row["saldo_akhir"] for row in movements}  # the last counts
+    arrays = {f"{name}_array": [row[name] for row in movements] for name in NEW_COLUMNS}
+    # Of several movements of an account, the last sets its balance.
+    balances = {row["no_rekening"]: row["saldo_akhir"] for row in movements}
     new_balances = {"accounts": list(balances), "balances": list(balances.values())}
     rows = connection.execute(RECORD, arrays | new_balances).mappings()
     return sorted(rows, key=itemgetter("id"))  # ids follow the arrays, RETURNING need not
@@ -262,9 +268,9 @@ def find_mutations(
 
 def ping(engine: Engine) -> None:
     """Raise DBAPIError if PostgreSQL cannot be reached or takes no writes."""
-    no_rows = select(Rekening.saldo).limit(0).with_for_update(key_share=True)
     with engine.connect() as connection:
-        connection.execute(no_rows)
+        # A server that takes no writes refuses row locks, even on no rows.
+        connection.execute(select(Rekening.saldo).limit(0).with_for_update(key_share=True))
 
 
 # ---------------------------------------------------------------- PIN attempts
@@ -276,16 +282,14 @@ def count_attempt(
     """Count a PIN attempt before checking it. The last allowed one locks the account.
 
     Returns `pin_hash` and the count `pin_gagal`, or None for an unknown or locked account. A
-    lock that ends later than a new one would comes from a wrong clock, and is ignored.
+    lock that ends in more than `lock_minutes` was made by a wrong clock, and is ignored.
     """
-    now = func.clock_timestamp()
-    lock_end = now + timedelta(minutes=lock_minutes)
+    lock_end = NOW + timedelta(minutes=lock_minutes)
     count = Kredensial.pin_gagal + 1
-    locked = Kredensial.terkunci_sampai.between(now, lock_end)
+    locked = Kredensial.terkunci_sampai.between(NOW, lock_end)
     statement = (
         update(Kredensial)
-        .where(Kredensial.no_rekening == account)
-        .where(or_(Kredensial.terkunci_sampai.is_(None), not_(locked)))
+        .where(Kredensial.no_rekening == account, locked.is_not(True))
         .values(
             pin_gagal=count,
             terkunci_sampai=case((count >= max_failures, lock_end)),
@@ -321,7 +325,7 @@ def outbox_age(engine: Engine) -> float:
 
     A time ahead of now, from a clock that was wrong, counts as an age, too.
     """
-    age = func.extract("epoch", func.clock_timestamp() - Transaksi.tanggal_transaksi)
+    age = func.extract("epoch", NOW - Transaksi.tanggal_transaksi)
     statement = select(func.abs(age)).join(Outbox).order_by(Outbox.id_transaksi).limit(1)
     with engine.connect() as connection:
         return float(connection.scalar(statement) or 0)
@@ -333,11 +337,10 @@ def claim_lost(engine: Engine, after_s: float, limit: int) -> Sequence[RowMappin
     Returns the journal rows of up to `limit` of them. Rows that another process claims at
     the same moment are skipped.
     """
-    now = func.clock_timestamp()
-    recently_sent = Outbox.dikirim_pada.between(now - timedelta(seconds=after_s), now)
+    recently_sent = Outbox.dikirim_pada.between(NOW - timedelta(seconds=after_s), NOW)
     lost = (
         select(Outbox.id_transaksi)
-        .where(not_(recently_sent))
+        .where(~recently_sent)
         .order_by(Outbox.id_transaksi)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -346,7 +349,7 @@ def claim_lost(engine: Engine, after_s: float, limit: int) -> Sequence[RowMappin
     claim = (
         update(Outbox)
         .where(Outbox.id_transaksi == lost.c.id_transaksi, Transaksi.id == lost.c.id_transaksi)
-        .values(dikirim_pada=now)
+        .values(dikirim_pada=NOW)
         .returning(*Transaksi.__table__.c)
     )
     with engine.begin() as connection:

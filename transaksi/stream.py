@@ -1,11 +1,10 @@
-"""Committed movements to the Redis Stream, at least once.
+"""Sends each committed movement to the Redis Stream, at least once.
 
 The teller hands over each batch in memory, right after its commit. What cannot be sent is
 dropped: a movement stays in the outbox until it is booked, and lost ones are resent from there.
 """
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +37,7 @@ class Stream:
         self._arrived = asyncio.Event()
 
     def hand_over(self, journal: Sequence[RowMapping]) -> None:
-        """Take the journal rows of committed movements. Too many drop the oldest."""
+        """Take the journal rows of committed movements. Drops the oldest above MAX_WAITING."""
         self._waiting.extend(journal)
         self._arrived.set()
 
@@ -101,8 +100,8 @@ class Stream:
         """
         self._report_age(datastore.outbox_age(engine))
         now_s, _ = self._redis.time()  # ids of entries begin with their time in milliseconds
-        oldest_ms = (now_s - self._resend_after_s) * 1000
-        if self._redis.xrange(STREAM, max=oldest_ms, count=1):
+        limit_ms = (now_s - self._resend_after_s) * 1000
+        if self._redis.xrange(STREAM, max=limit_ms, count=1):
             return 0
         lost = datastore.claim_lost(engine, 2 * self._resend_after_s, self.BATCH)
         if lost:
@@ -112,9 +111,8 @@ class Stream:
 
     def _report_age(self, age_s: float) -> None:
         if age_s > 3 * self._resend_after_s:
-            is_far_behind = age_s > 10 * self._resend_after_s
-            level = logging.ERROR if is_far_behind else logging.WARNING
-            log.log(level, "outbox is behind", age_s=round(age_s))
+            report = log.error if age_s > 10 * self._resend_after_s else log.warning
+            report("outbox is behind", age_s=round(age_s))
 
 
 def traced_entry(row: RowMapping) -> dict[Any, Any]:
