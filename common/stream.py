@@ -35,11 +35,12 @@ def has_form(pattern: str) -> BeforeValidator:
 
 
 WHOLE_NUMBER = has_form("[1-9][0-9]{0,18}")
-# As `format_time` writes it: UTC with microseconds.
+# UTC with microseconds, as `format_time` writes it.
 TIME = has_form("[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}[.][0-9]{6}[+]00:00")
 
 
 def format_time(time: datetime) -> str:
+    """Return a time in the form of RFC 3339, with microseconds."""
     return time.isoformat(timespec="microseconds")
 
 
@@ -91,6 +92,7 @@ def span(
 ) -> AbstractContextManager[object]:
     """Open a span in the trace of a movement; without a trace there is no span.
 
+    It began now, or at `started_ns`.
     https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
     """
     if movement["traceparent"] is None:
@@ -103,6 +105,7 @@ def span(
     }
     return tracer.start_as_current_span(
         f"{operation} {STREAM}",
+        # In a Context of its own: it is no child of the current span.
         context=propagator.extract({"traceparent": movement["traceparent"]}, Context()),
         kind=SpanKind.PRODUCER if operation == "send" else SpanKind.CONSUMER,
         attributes=attributes,

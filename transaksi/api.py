@@ -193,8 +193,8 @@ MOVEMENT: Any = {
     "responses": dict.fromkeys((400, 401, 413, 422, 503), ERROR),
     "openapi_extra": {"parameters": [KEY_PARAMETER], "security": [{"PIN": []}]},
 }
-# Documents what the middleware does. The POST routes name the scheme in `openapi_extra`
-# instead, because a dependency would cost a tenth of a deposit.
+# Does nothing at run time: it documents what the middleware does. The POST routes name the
+# scheme in `openapi_extra` instead, because a dependency would cost a tenth of a deposit.
 authenticated = Security(HTTPBasic(scheme_name="PIN", auto_error=False))
 
 router = APIRouter()
@@ -231,7 +231,7 @@ async def move(
 ) -> Response:
     bind_contextvars(jenis_transaksi=jenis_transaksi, nominal=payload.nominal)
     if payload.no_rekening != customer(request):
-        bind_contextvars(no_rekening_payload=mask(payload.no_rekening))
+        bind_contextvars(no_rekening_payload=mask(payload.no_rekening))  # refused later
     movement = Movement(
         jenis_transaksi,
         payload.no_rekening,

@@ -300,7 +300,7 @@ def decide(connection: Connection, movements: Sequence[Movement]) -> Posted:
 
 
 def reason_of(error: Exception) -> str:
-    """Say why a call of the database failed. Anything but a DBAPIError is unexpected: log it."""
+    """Say why a call of the database failed. Log anything but a DBAPIError: it is unexpected."""
     if not isinstance(error, DBAPIError):
         log.exception("unexpected error")
     return error_summary(error)
@@ -318,7 +318,8 @@ class PinCheck:
 
     MAX_RUNNING = 64
     MAX_CACHED = 100_000
-    # Compared for unknown and locked accounts, so that timing does not reveal the cause.
+    # Compared for unknown and locked accounts, so that timing does not reveal the cause. It
+    # is no hash of any known PIN, and a match would be refused as well.
     DUMMY_HASH = "$2b$10$" + 53 * "."
 
     def __init__(
@@ -338,7 +339,7 @@ class PinCheck:
 
     async def check(self, account: str, pin: str) -> None:
         """Return if the PIN is correct. Raises NotAuthenticated or NotExecuted."""
-        # A keyed hash, so that no PIN is kept in memory.
+        # Hashed with a secret of this process, so that no PIN is kept in memory.
         digest = hashlib.blake2b(f"{account}:{pin}".encode(), key=self._secret).digest()
         if self._cached.get(account) == digest:
             return

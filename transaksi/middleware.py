@@ -56,7 +56,7 @@ class RequestLog:
             return
         arrived = monotonic()
         clear_contextvars()
-        # No account number and no PIN in the path.
+        # A path may be long, and have an account number or PIN by mistake.
         path = re.sub("[0-9]{6,}", "*", scope["path"][:100])
         bind_contextvars(method=scope["method"], path=path)
         timeout = asyncio.timeout(self.timeout_s)
@@ -66,13 +66,13 @@ class RequestLog:
                 await self.app(simplify(scope), receive, answer)
         except TimeoutError:
             await answer.fail(NotExecuted("timeout"), scope, receive)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # by uvicorn, whose own timeout at a stop has passed
             await answer.fail(NotExecuted("the service stops"), scope, receive)
         except Exception as error:
             if not answer.status:  # after the head, an error means that the client has left
                 log.exception("unexpected error")
             await answer.fail(error, scope, receive)
-        if scope["path"] not in OPEN_PATHS or answer.status >= 500:
+        if scope["path"] not in OPEN_PATHS or answer.status >= 500:  # no line for each probe
             duration_ms = round((monotonic() - arrived) * 1000, 1)
             log_outcome(status=answer.status, duration_ms=duration_ms)
 
@@ -106,9 +106,9 @@ class Answer:
 
 
 def simplify(scope: Scope) -> Scope:
-    """Have HEAD served like GET, whose body uvicorn then leaves out, and ignore Range.
+    """Serve HEAD like GET (uvicorn leaves out the body of its answer), and ignore Range.
 
-    https://www.rfc-editor.org/rfc/rfc9110#section-14.2
+    A server may ignore it: https://www.rfc-editor.org/rfc/rfc9110#section-14.2
     """
     if scope["method"] == "HEAD":
         scope = {**scope, "method": "GET"}

@@ -1,4 +1,7 @@
-"""uvicorn's HTTP/1.1 protocol with limits it lacks, because unauthenticated clients reach it."""
+"""uvicorn's HTTP/1.1 protocol, with the limits that it lacks.
+
+Unauthenticated clients reach it, so nothing that they send may take much memory or time.
+"""
 
 import asyncio
 from typing import cast
@@ -12,9 +15,10 @@ from uvicorn.protocols.http.httptools_impl import (
 from common.telemetry import log
 
 MAX_HEAD = 16_384  # bytes
+OVERHEAD = 32  # bytes that a header costs besides its text, as in RFC 9113, section 6.5.2
 MAX_PIPELINED = 16
 MAX_CONNECTIONS = 1000
-LINGER_S = 1  # for a client that still sends a payload which nobody reads
+LINGER_S = 1  # in which a client that is still sending can read a refusal, before a reset
 
 
 class JoinedAnswer:
@@ -25,7 +29,7 @@ class JoinedAnswer:
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        self._head: bytes | None = None
+        self._head: bytes | None = None  # b"" when it has been sent
         self.is_closing = transport.is_closing
         self.close = transport.close
 
@@ -42,13 +46,14 @@ class JoinedAnswer:
 class BoundedHttp(HttpToolsProtocol):
     """Limits request heads, pipelined requests and connections.
 
-    Bytes after a request cannot change how it is read or answered.
+    Bytes that follow a request cannot change how it is read or answered, and are not taken
+    for another request by mistake.
     """
 
     head_timeout_s = 5
     warned = False
 
-    unparsed = 0  # bytes since the parser last reported a whole head or a piece of a payload
+    unparsed = 0  # bytes received since the last whole head or piece of a payload
     ignores_input = False
     is_new = True  # nothing was read yet
     idle_since = 0.0  # seconds of the event loop's clock
@@ -65,8 +70,8 @@ class BoundedHttp(HttpToolsProtocol):
     def drop_idle_connection(self) -> None:
         """Close the connection that has been idle for longest, maybe this new one.
 
-        Idle is a connection whose client owes us something: a head, or reading an answer. New
-        ones come last: many may be accepted at once, before the first of them is read.
+        A connection is idle while we wait for its client: for a head, or for it to read an
+        answer. New ones come last: many may be accepted before the first of them is read.
         """
         if not BoundedHttp.warned:
             log.warning("connection limit reached", limit=MAX_CONNECTIONS)
@@ -119,9 +124,11 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.close()
 
     def on_headers_complete(self) -> None:
-        size = len(self.url) + sum(len(name) + len(value) + 32 for name, value in self.headers)
+        size = len(self.url) + sum(
+            len(name) + len(value) + OVERHEAD for name, value in self.headers
+        )
         if size > MAX_HEAD or len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError  # ends the connection with uvicorn's 400
+            raise ValueError  # the parser turns it into its own error: uvicorn answers 400
         super().on_headers_complete()
         self.stop_head_timer()
         self.unparsed = 0
@@ -149,6 +156,7 @@ class BoundedHttp(HttpToolsProtocol):
             super().send_400_response(msg)
 
     def _unsupported_upgrade_warning(self) -> None:
-        # The parser has stopped: what follows, a payload too, is no next request.
+        # uvicorn calls this when the parser has stopped at an Upgrade: what follows, a payload
+        # too, is no next request.
         self.ignores_input = True
         self.cycle.keep_alive = False

@@ -50,7 +50,7 @@ class Stream:
             try:
                 await self._send_waiting()
             except Exception:
-                self._waiting.clear()
+                self._waiting.clear()  # resent later; more would fail, too
                 await self._failed("sending to the stream failed")
 
     async def close(self) -> None:
@@ -78,9 +78,9 @@ class Stream:
             await asyncio.sleep(self._resend_after_s / 2)
 
     async def _failed(self, message: str) -> None:
-        """Log the current exception, pause, and have the Redis client connect anew."""
+        """Log the current exception, have the Redis client connect anew, and pause."""
         log.exception(message)
-        self._redis.connection_pool.disconnect(inuse_connections=False)
+        self._redis.connection_pool.disconnect(inuse_connections=False)  # a gauge may use one
         await asyncio.sleep(self.PAUSE_S)
 
     def _send(self, _: Engine, journal: Sequence[RowMapping]) -> None:
@@ -93,10 +93,12 @@ class Stream:
     def _resend_lost(self, engine: Engine) -> int:
         """Resend movements that were lost. Returns how many.
 
-        Service mutasi reads the oldest entries first. If the oldest one is older than
-        `resend_after_s`, mutasi is behind, and nothing is resent. Otherwise everything sent
-        twice as long ago was read or lost; if it is not booked, it was lost. It is marked as
-        sent before it is sent, so that no row lock is held while waiting for Redis.
+        1. Service mutasi reads the oldest entries first. If the oldest one is older than
+           `resend_after_s`, mutasi is behind, and nothing is resent.
+        2. Otherwise everything sent twice as long ago was read or lost. If it is not booked,
+           it was lost.
+        3. It is marked as sent before it is sent, so that no row lock is held while waiting
+           for Redis.
         """
         self._report_age(datastore.outbox_age(engine))
         now_s, _ = self._redis.time()  # ids of entries begin with their time in milliseconds
