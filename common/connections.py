@@ -27,7 +27,7 @@ WRONG_SERVER = {"25006", "57P01", "57P02", "57P03"}
 
 
 def open_engine(settings: Settings) -> Engine:
-    """Make an engine that checks and drops connections of servers that cannot serve us.
+    """Make an engine that drops connections to servers that cannot serve us.
 
     Of several hosts, the one that takes writes is used. The TCP timeouts detect a host
     that is silent: https://www.postgresql.org/docs/18/libpq-connect.html

@@ -71,7 +71,7 @@ def create_app(settings: TransaksiSettings) -> FastAPI:
         lock_minutes=settings.lock_minutes,
         cache_ttl_s=settings.auth_cache_ttl,
     )
-    reads = Database(settings, threads=1)  # more would only wait for the GIL
+    reads = Database(settings, threads=1)  # more would slow deposits
     health = Database(settings, threads=1)
     bank = Bank(teller, pins, reads, health)
     add_gauges(teller, stream_database.engine, redis)
