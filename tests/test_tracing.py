@@ -74,13 +74,16 @@ class Bank:
     mutasi: Service
 
 
+QUICK = ("transaksi", "--resend-after", "1", "--request-timeout", "3")
+
+
 @pytest.fixture(scope="module")
 def bank() -> Iterator[Bank]:
     with new_servers() as servers, ThreadingHTTPServer((HOST, 0), Collector) as collector:
         Thread(target=collector.serve_forever, args=[0.05], daemon=True).start()
         otel = OTEL | {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{HOST}:{collector.server_port}"}
         services = []
-        for name, *options in (("transaksi", "--resend-after", "1"), ("mutasi",)):
+        for name, *options in (QUICK, ("mutasi",)):
             image = dict(re.findall(r"(OTEL_\w+)=(\S+)", (ROOT / name / "Dockerfile").read_text()))
             how: dict[str, Any] = {"python": INSTRUMENTED, "environment": image | otel}
             services.append(servers.service(name, *options, **how))
@@ -176,6 +179,17 @@ def test_a_refusal_is_traced(bank: Bank, ani: Customer) -> None:
 
     assert attributes(span)["http.response.status_code"] == 400
     assert attributes(span)["remark"] == "Saldo tidak mencukupi."
+
+
+def test_a_timeout_is_traced(bank: Bank, ani: Customer) -> None:
+    assert ani.client.get("/saldo").status_code == 200  # the PIN is cached, a connection open
+    with hung(bank.servers.database.server):
+        assert ani.client.get("/saldo").status_code == 503
+    failed = line(bank.transaksi, "request failed", ani.no_rekening)
+
+    (span,) = spans(failed["trace_id"], "transaksi: GET /saldo")
+
+    assert attributes(span)["reason"] == "timeout"
 
 
 def test_unsampled_requests_and_open_paths_are_not_traced(ani: Customer) -> None:
